@@ -1,0 +1,70 @@
+"""The agreement on a rollout: load weights, sample groups. The loop knows nothing else of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from pydantic import Field
+
+from lpexp.config import Spec
+from lpexp.data import Group, Prompt
+from lpexp.precision import Precision
+
+if TYPE_CHECKING:
+    from lpexp.cluster import Workers
+    from lpexp.experiment import Experiment
+
+
+class Sampling(Spec):
+    """How tokens are drawn. Log-probabilities are of the softmax at `temperature`, before top-p and top-k cut it."""
+
+    temperature: float = Field(1.0, ge=0)  # 0: greedy, log-probs at temperature 1
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)  # 0: off
+    samples: int = Field(1, ge=1)  # G
+
+
+class Pending(Protocol):
+    """A batch of groups being generated; the dispatcher heals dead engines while one waits on it."""
+
+    def result(self) -> list[Group]: ...
+
+
+class Rollout(Protocol):
+    def contract(self) -> dict[str, str]:
+        """{tensor: quantiser} of what the engines expect to be given."""
+        ...
+
+    def load(self, shards: Any, version: int) -> tuple[list[str], dict[str, float]]:
+        """Serve these weights from now on; returns each engine's checksum of what it holds, and seconds spent."""
+        ...
+
+    def sample(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> Pending:
+        """Start generating `sampling.samples` answers to each prompt; random numbers are keyed by `step`."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class RolloutSpec(Spec):
+    """Config of a rollout; `build` imports its backend. `precision: None` serves what the trainer trains."""
+
+    ABSTRACT: ClassVar[bool] = True
+    precision: Precision | None = None
+    checkpoint: str | None = None  # a served checkpoint directory that fixes the rollout's precision
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+
+    def build(self, exp: Experiment, workers: Workers) -> Rollout:
+        raise NotImplementedError
+
+    def environment(self, exp: Experiment) -> dict[str, str]:
+        return {}
+
+    def plan(self, exp: Experiment) -> list[dict[str, Any]]:
+        return []
+
+    def missing(self, exp: Experiment) -> str | None:
+        return None

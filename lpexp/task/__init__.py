@@ -1,0 +1,103 @@
+"""The agreement on a task: prompts, a reward, and for models that start from scratch the answers to warm up on.
+
+Prompts are a function of (seed, step) alone, so they do not depend on workers, order or restarts. Training and
+held-out prompts never overlap: each task says by a hash of the prompt's text which side it is on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+import numpy as np
+from pydantic import Field
+
+from lpexp.config import Spec
+from lpexp.data import Group, Prompt
+
+if TYPE_CHECKING:
+    from lpexp.model.tokenizer import Tokenizer
+
+HELD_OUT = 1 << 31  # ids of held-out prompts start here
+
+
+class Score(NamedTuple):
+    """A reward and its named parts, e.g. Score(0.7, {"exact": 0.0, "partial": 0.7}); `correct` counts for accuracy."""
+
+    reward: float
+    correct: bool
+    parts: dict[str, float]
+
+
+class Task(Spec):
+    """Where prompts come from and what an answer is worth."""
+
+    ABSTRACT: ClassVar[bool] = True
+    name: str
+    max_prompt: int = Field(ge=1)  # tokens
+    max_response: int = Field(ge=1)  # tokens, stop token included
+    prompts_per_step: int = Field(ge=1)  # P
+    warmup: Warmup | None = None
+
+    @abstractmethod
+    def train(self, seed: int, step: int, tokenizer: Tokenizer) -> list[Prompt]:
+        """The `prompts_per_step` prompts of a step; ids are step * prompts_per_step + index."""
+
+    @abstractmethod
+    def held_out(self, seed: int, count: int, tokenizer: Tokenizer) -> list[Prompt]:
+        """`count` prompts that training never shows; ids are HELD_OUT + index."""
+
+    @abstractmethod
+    def reward(self, prompt: Prompt, answer: str, finish: str) -> Score:
+        """What this answer (decoded, without the stop token) is worth. May raise: counted, scored 0, never silent."""
+
+    def examples(self, seed: int, step: int, count: int, tokenizer: Tokenizer) -> list[tuple[Prompt, str]]:
+        """`count` training prompts with their right answers, for the warm-up; empty when the task has none."""
+        return []
+
+    def score(self, groups: Sequence[Group], tokenizer: Tokenizer) -> list[Group]:
+        """The groups with rewards, parts and texts filled in."""
+        return [self._score(group, tokenizer) for group in groups]
+
+    def _score(self, group: Group, tokenizer: Tokenizer) -> Group:
+        texts = tuple(tokenizer.decode(sample.tokens_T) for sample in group.samples)
+        scores, errors = [], 0
+        for text, sample in zip(texts, group.samples, strict=True):
+            try:
+                scores.append(self.reward(group.prompt, text, sample.finish))
+            except Exception as error:  # a reward function is the user's code: count it, keep its message, go on
+                errors += 1
+                scores.append(Score(0.0, False, {}))
+                self._report(error)
+        names = sorted({name for score in scores for name in score.parts})
+        parts = {name: np.array([score.parts.get(name, 0.0) for score in scores]) for name in names}
+        parts["correct"] = np.array([float(score.correct) for score in scores])
+        return dataclasses.replace(
+            group, rewards_G=np.array([score.reward for score in scores]), parts=parts, errors=errors, texts=texts
+        )
+
+    def _report(self, error: Exception) -> None:
+        import logging
+
+        logging.getLogger("lpexp").warning("reward of task %s raised %s: %s", self.name, type(error).__name__, error)
+
+
+class Warmup(Spec):
+    """Supervised warm-up from scratch: until sampled accuracy reaches `target`, at most `max_steps`."""
+
+    target: float = Field(0.15, gt=0, lt=1)
+    max_steps: int = Field(400, ge=1)
+    batch_size: int = Field(64, ge=1)
+    lr: float = Field(1e-3, gt=0)
+    check_every: int = Field(10, ge=1)
+
+
+Task.model_rebuild()
+
+
+def is_held_out(text: str, one_in: int = 8) -> bool:
+    """A fixed eighth of all prompts, by hash of their text."""
+    return hashlib.blake2b(text.encode(), digest_size=4).digest()[0] % one_in == 0

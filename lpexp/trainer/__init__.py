@@ -1,0 +1,59 @@
+"""The agreement on a trainer: restore, step, publish, save. The loop knows nothing else of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from lpexp.config import Spec
+from lpexp.data import Batch, LearnReport, SyncReport
+
+if TYPE_CHECKING:
+    from lpexp.cluster import Workers
+    from lpexp.experiment import Experiment
+    from lpexp.rollout import Rollout
+
+
+class Trainer(Protocol):
+    """Holds the weights. Version v is the weights after v optimiser batches; version 0 is where the run starts."""
+
+    def contract(self) -> dict[str, str]:
+        """{tensor: quantiser} of what it loaded and would publish."""
+        ...
+
+    def restore(self, directory: Path | None) -> None:
+        """Take weights, optimiser state and version from a checkpoint; None: from the experiment's start."""
+        ...
+
+    def step(self, batch: Batch) -> LearnReport: ...
+
+    def publish(self, rollout: Rollout, version: int) -> SyncReport:
+        """Quantise the weights of `version` (the newest, or with lag the one before) and give them to the rollout."""
+        ...
+
+    def save(self, directory: Path) -> None:
+        """Write weights and optimiser state as safetensors and JSON into an existing directory."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class TrainerSpec(Spec):
+    """Config of a trainer; `build` imports its backend."""
+
+    ABSTRACT: ClassVar[bool] = True
+
+    def build(self, exp: Experiment, workers: Workers) -> Trainer:
+        raise NotImplementedError
+
+    def environment(self, exp: Experiment) -> dict[str, str]:
+        """The environment that each trainer worker gets."""
+        return {}
+
+    def plan(self, exp: Experiment) -> list[dict[str, Any]]:
+        """Rows of the plan: one a worker or a kind of worker (role, count, where, what it does)."""
+        return []
+
+    def missing(self, exp: Experiment) -> str | None:
+        """One sentence on what this machine lacks for this trainer, or None when it can run here."""
+        return None
