@@ -21,6 +21,9 @@ from lpexp.rollout import RolloutSpec
 from lpexp.task import Task
 from lpexp.trainer import TrainerSpec
 
+# Top-level keys that decide no number of a run: left out of its hash, free to differ on resume.
+MAY_CHANGE = ("output_dir", "resume", "resume_force", "dry_run", "stop_grace_s", "wandb", "checkpoint", "record", "cluster")
+
 
 class Reference(Spec):
     """The policy that a KL penalty anchors to; it computes in its own precision, bf16 beside a quantised actor too."""
@@ -95,6 +98,5 @@ class Experiment(Spec):
 
     def hash(self) -> str:
         """16 hex digits of everything that decides the numbers; where a run writes and how it resumes is left out."""
-        skipped = ("output_dir", "resume", "resume_force", "dry_run", "stop_grace_s", "wandb", "checkpoint", "record", "cluster")
-        kept = {key: value for key, value in self.dump().items() if key not in skipped}
+        kept = {key: value for key, value in self.dump().items() if key not in MAY_CHANGE}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
