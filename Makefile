@@ -1,0 +1,61 @@
+# `make help` lists what there is to do. Everything runs in .venv, which the first target makes.
+.DEFAULT_GOAL := help
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+
+PYTHON ?= python3
+WORKERS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# One OpenMP thread a process: processes that each spin two threads on two cores are many times slower.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help demo test test-gpu check format evidence benchmark clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.installed ## make the environment and watch a policy learn, two minutes on two cores
+	$(BIN)/python launch.py
+
+test: $(VENV)/.installed ## the main tests, at most 15 minutes on two cores
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+test-gpu: $(VENV)/.installed ## the tests that need a CUDA card; fails where there is none
+	$(BIN)/python -m pytest -m gpu
+
+check: $(VENV)/.installed ## ruff, pyright, and the layers
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+	$(BIN)/lint-imports --no-logo
+
+format: $(VENV)/.installed ## let ruff mend what it can
+	$(BIN)/ruff check --fix-only --quiet
+	$(BIN)/ruff format
+
+evidence: $(VENV)/.installed ## what takes longer: learning over seeds, long zero baselines, benchmarks
+	$(BIN)/python -m pytest -m evidence --timeout 3600
+	$(MAKE) benchmark
+
+benchmark: $(VENV)/.installed-bench ## lpexp beside TRL and transformers; results go to docs/results/
+	$(BIN)/python benchmarks/vs_trl.py --check --out docs/results/vs_trl.json
+	$(BIN)/python benchmarks/rollout.py --out docs/results/rollout.json
+
+clean: ## remove the environment and caches; outputs/ stays
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
+
+$(VENV)/.installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "lpexp needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) --version 2>&1); name one: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet -r requirements.lock
+	$(PIP) install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed requirements-bench.lock
+	$(PIP) install --quiet -r requirements-bench.lock
+	touch $@
