@@ -6,11 +6,17 @@ words only, so `cluster=inline` runs the same classes in one process. ray is imp
 
 from __future__ import annotations
 
-from typing import Literal
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 from pydantic import Field
 
 from lpexp.config import Spec
+from lpexp.errors import ConfigError, RunError
 
 
 class Cluster(Spec):
@@ -26,5 +32,191 @@ class Cluster(Spec):
     threads: int = Field(ge=1)  # OpenMP threads of each worker
 
 
+class Future(Protocol):
+    """The answer of a call that may still be running."""
+
+    def result(self) -> Any:
+        """Wait; raises what the worker raised, RunError when the worker died."""
+        ...
+
+    def died(self) -> bool:
+        """Wait; True when the worker process is gone (its own exceptions are not deaths)."""
+        ...
+
+    def error(self) -> BaseException | None: ...
+
+
+class Handle(Protocol):
+    """One worker."""
+
+    name: str
+
+    def call(self, method: str, *args: Any) -> Future: ...
+
+    def stop(self) -> None: ...
+
+
 class Workers:
-    """Opened on a Cluster; owns every worker process of the run."""
+    """Opened on a Cluster; owns every worker process of the run and closes them on every way out."""
+
+    def __init__(self, cluster: Cluster, event: Callable[..., None], run_dir: Path):
+        self.cluster, self.event, self.run_dir = cluster, event, run_dir
+        self.handles: list[Handle] = []
+        self.scratch = Path(tempfile.mkdtemp(prefix="lpexp-"))  # rendezvous files; gone at close
+        if cluster.kind == "ray":
+            _open_ray(cluster)
+
+    def spawn(self, name: str, kind: type, *args: Any, env: dict[str, str] | None = None) -> Handle:
+        """A worker that holds `kind(*args)`; `env` is set before it starts."""
+        make = _RayHandle if self.cluster.kind == "ray" else _InlineHandle
+        handle = make(name, kind, args, env or {})
+        self.handles.append(handle)
+        return handle
+
+    def share(self, handle: Handle, method: str, *args: Any) -> tuple[Any, Any]:
+        """Call a method that answers (bulk, report): the bulk stays with the workers as a reference, the report comes here."""
+        if not isinstance(handle, _RayHandle):
+            return handle.call(method, *args).result()
+        bulk, report = handle.call_two(method, *args)
+        return bulk, report.result()
+
+    def close(self) -> None:
+        if self.cluster.kind == "ray":
+            import ray
+
+            ray.shutdown()
+        self.handles.clear()
+        shutil.rmtree(self.scratch)
+
+
+class _Done:
+    """The future of a call made in this process."""
+
+    def __init__(self, value: Any, error: BaseException | None = None):
+        self._value, self._error = value, error
+
+    def result(self) -> Any:
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+    def died(self) -> bool:
+        return False
+
+    def error(self) -> BaseException | None:
+        return self._error
+
+
+class _InlineHandle:
+    def __init__(self, name: str, kind: type, args: tuple[Any, ...], env: dict[str, str]):
+        os.environ.update(env)
+        self.name, self._held = name, kind(*args)
+
+    def call(self, method: str, *args: Any) -> Future:
+        try:
+            return _Done(getattr(self._held, method)(*args))
+        except Exception as error:
+            return _Done(None, error)
+
+    def stop(self) -> None:
+        self._held = None
+
+
+class _RayFuture:
+    def __init__(self, name: str, ref: Any):
+        self.name, self._ref = name, ref
+
+    def _wait(self) -> None:
+        import ray
+
+        while not ray.wait([self._ref], timeout=0.5)[0]:
+            pass  # short waits, so that a signal is handled between them
+
+    def error(self) -> BaseException | None:
+        import ray
+
+        self._wait()
+        try:
+            ray.get(self._ref)
+        except Exception as error:
+            return error
+        return None
+
+    def died(self) -> bool:
+        from ray.exceptions import ActorDiedError, ActorUnavailableError, WorkerCrashedError
+
+        return isinstance(self.error(), ActorDiedError | ActorUnavailableError | WorkerCrashedError)
+
+    def result(self) -> Any:
+        import ray
+        from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
+
+        self._wait()
+        try:
+            return ray.get(self._ref)
+        except (ActorDiedError, ActorUnavailableError) as error:
+            raise RunError(f"worker {self.name} died: {_first_line(error)}") from error
+        except RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, RunError | ConfigError):
+                raise cause from None
+            raise
+
+
+class _RayHandle:
+    def __init__(self, name: str, kind: type, args: tuple[Any, ...], env: dict[str, str]):
+        import ray
+
+        options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0, "max_task_retries": 0}
+        if env:
+            options["runtime_env"] = {"env_vars": env}
+        self.name = name
+        self._actor = ray.remote(**options)(_Worker).remote(kind, args)
+
+    def call(self, method: str, *args: Any) -> Future:
+        return _RayFuture(self.name, self._actor.call.remote(method, *args))
+
+    def call_two(self, method: str, *args: Any) -> tuple[Any, Future]:
+        """The references of a pair's halves; the first is passed on unseen, and kept alive by whoever holds it."""
+        first, second = self._actor.call.options(num_returns=2).remote(method, *args)
+        return first, _RayFuture(self.name, second)
+
+    def stop(self) -> None:
+        import ray
+
+        ray.kill(self._actor)
+
+
+class _Worker:
+    """The actor: one object of ours and its methods by name."""
+
+    def __init__(self, kind: type, args: tuple[Any, ...]):
+        self._held = kind(*args)
+
+    def call(self, method: str, *args: Any) -> Any:
+        return getattr(self._held, method)(*args)
+
+
+def _open_ray(cluster: Cluster) -> None:
+    """A Ray instance of our own, reachable from this machine only."""
+    import logging
+
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    ray.init(
+        address="local",
+        _node_ip_address="127.0.0.1",
+        include_dashboard=cluster.dashboard,
+        dashboard_host="127.0.0.1",
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        configure_logging=True,
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,413 @@
+"""The embedded decoder: one forward pass for `llama qwen2 qwen3 qwen3_moe deepseek_v3`, shared by trainer and rollout.
+
+Every matrix product goes through a `Weights`, which asks the precision. The same code object scores whole sequences
+and decodes token by token from a cache; the two agree bit for bit because no result depends on how many rows are
+computed beside it: matrix products pad their rows, attention runs in float64 over a fixed span of keys and is
+rounded once, and SiLU is composed of position-independent operations (numerics of each: docs/numerics.md).
+Values are carried in float32 and rounded to the precision's activations at module boundaries.
+
+Left out: dropout, sliding windows, fused kernels.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lpexp.model import Model
+from lpexp.precision import Parts, Precision
+
+QUERY_ROWS = 4  # float64 products on CPU are row-invariant from 4 rows on
+SPAN = 16  # keys are padded to a multiple of this
+
+
+class Weights(ABC):
+    """A model's tensors in a precision. B batch, T token, I in, O out."""
+
+    def __init__(self, model: Model, precision: Precision):
+        self.precision, self.plain = precision, precision.plain
+        self.kinds = {param.name: param for param in model.params()}
+        self.covered = {name for name, param in self.kinds.items() if precision.covers(param, model.moe is not None)}
+
+    def round(self, x: Tensor) -> Tensor:
+        return self.plain.round(x)
+
+    @abstractmethod
+    def tensor(self, name: str) -> Tensor:
+        """A norm, bias or embedding as float32 values."""
+
+    @abstractmethod
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        """x [..., I] @ W[name] [O, I].T, rounded to the activations' precision."""
+
+    def accumulate(self, x: Tensor, name: str) -> Tensor:
+        """The same product left in float32: router and head."""
+        return self.plain.accumulate(x, self.tensor(name))
+
+
+class TrainWeights(Weights):
+    """The trainer's: float32 leaves (values already rounded to the model's dtype) that collect gradients."""
+
+    def __init__(self, model: Model, precision: Precision, tensors: Mapping[str, Tensor], grad: bool = False):
+        super().__init__(model, precision)
+        self.leaves = {name: tensor.detach().requires_grad_(grad) for name, tensor in tensors.items()}
+        self._operands: dict[str, Any] = {}
+
+    def tensor(self, name: str) -> Tensor:
+        return self.leaves[name]
+
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        precision = self.precision if name in self.covered else self.plain
+        if name not in self._operands:  # once per weight version: quantising costs as much as a small product
+            self._operands[name] = precision.operand(precision.quantize(self.leaves[name].detach()))
+        return precision.linear(x, self.leaves[name], self._operands[name])
+
+
+class ServedWeights(Weights):
+    """The rollout's: built from what came over the wire, nothing else."""
+
+    def __init__(self, model: Model, precision: Precision, parts: Mapping[str, Parts]):
+        super().__init__(model, precision)
+        missing = sorted(set(self.kinds) - set(parts))
+        if missing:
+            raise KeyError(f"served weights lack {missing[0]} and {len(missing) - 1} more")
+        self._operands = {}
+        for name, param in self.kinds.items():
+            side = self.precision if name in self.covered else self.plain
+            whole = len(param.shape) == 2 and param.kind not in ("embed", "head", "router")
+            self._operands[name] = side.operand(parts[name]) if whole else self.plain.dequantize(parts[name])
+        if model.tie_word_embeddings:
+            self._operands["lm_head.weight"] = self._operands["model.embed_tokens.weight"]
+
+    def tensor(self, name: str) -> Tensor:
+        return self._operands[name]
+
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        side = self.precision if name in self.covered else self.plain
+        return side.serve(x, self._operands[name])
+
+
+class Cache:
+    """Keys and values of `slots` sequences, each up to `span` tokens, as float32 carriers."""
+
+    def __init__(self, model: Model, slots: int, span: int, device: torch.device | str = "cpu"):
+        k_dim, v_dim, heads = head_dims(model)
+        layers = range(model.num_hidden_layers)
+        self.span = span
+        self.k = [torch.zeros(slots, heads, span, k_dim, device=device) for _ in layers]
+        self.v = [torch.zeros(slots, heads, span, v_dim, device=device) for _ in layers]
+
+
+def head_dims(model: Model) -> tuple[int, int, int]:
+    """(key dim, value dim, key/value heads) of the attention core."""
+    if model.mla:
+        return model.mla.qk_nope_head_dim + model.mla.qk_rope_head_dim, model.mla.v_head_dim, model.num_attention_heads
+    return model.head_dim, model.head_dim, model.num_key_value_heads
+
+
+def span_of(length: int) -> int:
+    """Keys that attention runs over for sequences of at most `length` tokens."""
+    return -(-length // SPAN) * SPAN
+
+
+class Decoder:
+    """The forward pass of one architecture; holds rotary tables and no weights."""
+
+    def __init__(self, model: Model, device: torch.device | str = "cpu"):
+        self.model = model
+        self.rope = Rope(model, device)
+        k_dim, _, self.kv_heads = head_dims(model)
+        self.scale = k_dim**-0.5
+        if model.mla and model.rope_scaling and model.rope_scaling.mscale_all_dim:
+            self.scale *= yarn_mscale(model.rope_scaling.factor, model.rope_scaling.mscale_all_dim) ** 2
+
+    def logits(self, weights: Weights, tokens_BT: Tensor, span: int | None = None) -> Tensor:
+        """[B, T] token ids -> float32 logits [B, T, V]; causal, so right padding changes nothing before it."""
+        return self.head(weights, self.hidden(weights, tokens_BT, span=span))
+
+    def head(self, weights: Weights, hidden: Tensor) -> Tensor:
+        tied = self.model.tie_word_embeddings
+        return weights.accumulate(hidden, "model.embed_tokens.weight" if tied else "lm_head.weight")
+
+    def hidden(
+        self,
+        weights: Weights,
+        tokens_BT: Tensor,
+        span: int | None = None,
+        keep: list[tuple[Tensor, Tensor]] | None = None,
+        routes: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Whole sequences -> final normed hidden states [B, T, H].
+
+        `span` fixes the padded key length (default: T rounded up); `keep` receives each layer's (k, v) [B, heads, T, D];
+        `routes` each mixture-of-experts layer's choices [B, T, top_k].
+        """
+        batch, length = tokens_BT.shape
+        span = max(span or 0, span_of(length))
+        positions_BT = torch.arange(length, device=tokens_BT.device).expand(batch, length)
+        allowed_TS = torch.ones(length, span, dtype=torch.bool, device=tokens_BT.device).tril()
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if keep is not None:
+                keep.append((k, v))
+            return attention(q, pad_keys(k, span), pad_keys(v, span), allowed_TS, self.scale)
+
+        return self._layers(weights, tokens_BT, positions_BT, attend, routes)
+
+    def decode(
+        self,
+        weights: Weights,
+        tokens_B: Tensor,
+        positions_B: Tensor,
+        cache: Cache,
+        slots_B: Tensor,
+        routes: list[Tensor] | None = None,
+    ) -> Tensor:
+        """One token a sequence: writes keys and values at its position, attends over its slot -> hidden [B, H]."""
+        allowed_B1S = (torch.arange(cache.span, device=tokens_B.device) <= positions_B[:, None])[:, None]
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            cache.k[layer][slots_B, :, positions_B] = k[:, :, 0]
+            cache.v[layer][slots_B, :, positions_B] = v[:, :, 0]
+            return attention(q, cache.k[layer][slots_B], cache.v[layer][slots_B], allowed_B1S, self.scale)
+
+        return self._layers(weights, tokens_B[:, None], positions_B[:, None], attend, routes)[:, 0]
+
+    def _layers(
+        self, weights: Weights, tokens_BT: Tensor, positions_BT: Tensor, attend: Any, routes: list[Tensor] | None
+    ) -> Tensor:
+        model = self.model
+        x = torch.nn.functional.embedding(tokens_BT, weights.tensor("model.embed_tokens.weight"))  # [B, T, H]
+        rope = self.rope(positions_BT)
+        for layer in range(model.num_hidden_layers):
+            at = f"model.layers.{layer}"
+            normed = self._norm(weights, x, f"{at}.input_layernorm.weight")
+            project = self._latent if model.mla else self._grouped
+            q, k, v = project(weights, normed, f"{at}.self_attn", rope)  # [B, heads, T, D]
+            mixed = weights.round(attend(layer, q, k, v)).transpose(1, 2).flatten(2)  # [B, T, heads * D]
+            x = weights.round(x + weights.linear(mixed, f"{at}.self_attn.o_proj.weight"))
+            normed = self._norm(weights, x, f"{at}.post_attention_layernorm.weight")
+            moe = model.is_moe_layer(layer)
+            x = weights.round(
+                x + (self._experts(weights, normed, f"{at}.mlp", routes) if moe else mlp(weights, normed, f"{at}.mlp"))
+            )
+        return self._norm(weights, x, "model.norm.weight")
+
+    def _norm(self, weights: Weights, x: Tensor, name: str) -> Tensor:
+        return rms_norm(weights, x, name, self.model.rms_norm_eps)
+
+    def _grouped(
+        self, weights: Weights, x: Tensor, at: str, rope: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Grouped-query attention: q [B, Hq, T, D], k and v [B, Hkv, T, D]."""
+        heads = []
+        for name in "qkv":
+            y = weights.linear(x, f"{at}.{name}_proj.weight")
+            if f"{at}.{name}_proj.bias" in weights.kinds:
+                y = weights.round(y + weights.tensor(f"{at}.{name}_proj.bias"))
+            y = y.unflatten(-1, (-1, self.model.head_dim))  # [B, T, heads, D]
+            if name in "qk":
+                if f"{at}.{name}_norm.weight" in weights.kinds:
+                    y = self._norm(weights, y, f"{at}.{name}_norm.weight")
+                y = weights.round(rotate(y, rope))
+            heads.append(y.transpose(1, 2))
+        return heads[0], heads[1], heads[2]
+
+    def _latent(
+        self, weights: Weights, x: Tensor, at: str, rope: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Multi-head latent attention; keys and values are cached decompressed, which changes no value."""
+        mla, heads = self.model.mla, self.model.num_attention_heads
+        assert mla is not None
+        if mla.q_lora_rank is None:
+            q = weights.linear(x, f"{at}.q_proj.weight")
+        else:
+            latent = rms_norm(weights, weights.linear(x, f"{at}.q_a_proj.weight"), f"{at}.q_a_layernorm.weight", 1e-6)
+            q = weights.linear(latent, f"{at}.q_b_proj.weight")
+        q = q.unflatten(-1, (heads, -1))  # [B, T, heads, nope + rope]
+        q_nope, q_rope = q.split((mla.qk_nope_head_dim, mla.qk_rope_head_dim), -1)
+        latent, k_rope = weights.linear(x, f"{at}.kv_a_proj_with_mqa.weight").split(
+            (mla.kv_lora_rank, mla.qk_rope_head_dim), -1
+        )
+        latent = rms_norm(weights, latent, f"{at}.kv_a_layernorm.weight", 1e-6)
+        kv = weights.linear(latent, f"{at}.kv_b_proj.weight").unflatten(-1, (heads, -1))
+        k_nope, v = kv.split((mla.qk_nope_head_dim, mla.v_head_dim), -1)
+        q_rope = weights.round(rotate(deinterleave(q_rope), rope))
+        k_rope = weights.round(rotate(deinterleave(k_rope)[:, :, None], rope)).expand(-1, -1, heads, -1)
+        q, k = torch.cat((q_nope, q_rope), -1), torch.cat((k_nope, k_rope), -1)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def _experts(self, weights: Weights, x: Tensor, at: str, routes: list[Tensor] | None) -> Tensor:
+        """Mixture of experts: each token's top_k experts, weighted; sums run in expert order in float32."""
+        moe = self.model.moe
+        assert moe is not None
+        flat = x.reshape(-1, x.shape[-1])  # [R, H]
+        scores_RE = weights.accumulate(flat, f"{at}.gate.weight")
+        if moe.scoring == "sigmoid":
+            scores_RE = 1 / (1 + torch.exp(-scores_RE))
+            ranked_RE = scores_RE + weights.tensor(f"{at}.gate.e_score_correction_bias")
+            if moe.num_groups > 1:
+                grouped = ranked_RE.unflatten(-1, (moe.num_groups, -1))
+                best_RG = grouped.topk(2, -1).values.sum(-1)
+                kept = torch.zeros_like(best_RG, dtype=torch.bool).scatter(
+                    1, best_RG.topk(moe.top_groups, -1).indices, True
+                )
+                ranked_RE = grouped.masked_fill(~kept[..., None], 0.0).flatten(1)
+        else:
+            scores_RE = ranked_RE = torch.softmax(scores_RE, -1)
+        chosen_RK = ranked_RE.detach().topk(moe.top_k, -1).indices
+        if routes is not None:
+            routes.append(chosen_RK.unflatten(0, x.shape[:-1]))
+        share_RK = scores_RE.gather(1, chosen_RK)
+        if moe.norm_topk:
+            share_RK = share_RK / (share_RK.sum(-1, keepdim=True) + (1e-20 if moe.scoring == "sigmoid" else 0.0))
+        share_RK = share_RK * moe.scaling
+        out = torch.zeros_like(flat)
+        for expert in range(moe.num_experts):
+            rows, ranks = (chosen_RK == expert).nonzero(as_tuple=True)
+            if len(rows):
+                y = mlp(weights, flat[rows], f"{at}.experts.{expert}") * share_RK[rows, ranks, None]
+                out = out.index_add(0, rows, y)  # a token meets an expert once, so the order of the sum is the experts'
+        if moe.num_shared:
+            out = out + mlp(weights, flat, f"{at}.shared_experts")
+        return weights.round(out).view_as(x)
+
+
+def mlp(weights: Weights, x: Tensor, at: str) -> Tensor:
+    """SwiGLU. SiLU is composed: torch's own depends on the element's position in the tensor."""
+    gate = weights.linear(x, f"{at}.gate_proj.weight")
+    up = weights.linear(x, f"{at}.up_proj.weight")
+    return weights.linear(weights.round(gate / (1 + torch.exp(-gate)) * up), f"{at}.down_proj.weight")
+
+
+def rms_norm(weights: Weights, x: Tensor, name: str, eps: float) -> Tensor:
+    """Root-mean-square norm in float32 over the last axis."""
+    return weights.round(weights.tensor(name) * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float) -> Tensor:
+    """softmax(q k^T * scale) v in float64, rounded once to float32.
+
+    q [B, Hq, T, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv], allowed [T, S] or [B, T, S] -> [B, Hq, T, Dv].
+    Query rows are padded to QUERY_ROWS and keys to a fixed span, so that a sequence scored whole and one decoded
+    token by token run the same sums. Forbidden keys have weight exactly 0.
+    """
+    batch, heads, length, dim = q.shape
+    groups = k.shape[1]
+    rows = q.double().reshape(batch, groups, -1, dim)  # [B, Hkv, Hq/Hkv * T, D]
+    short = -rows.shape[2] % QUERY_ROWS
+    if short:
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, short))
+    scores = rows @ k.double().transpose(2, 3)  # [B, Hkv, R, S]
+    scores = scores[:, :, : rows.shape[2] - short].reshape(batch, heads, length, -1) * scale
+    allowed = allowed[None, None] if allowed.dim() == 2 else allowed[:, None]
+    scores = scores.masked_fill(~allowed, -torch.inf)
+    weights = torch.exp(scores - scores.detach().amax(-1, keepdim=True))
+    total = weights.sum(-1, keepdim=True)
+    rows = weights.view(batch, groups, -1, weights.shape[-1])
+    if short:
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, short))
+    mixed = rows @ v.double()  # [B, Hkv, R, Dv]
+    return (mixed[:, :, : rows.shape[2] - short].reshape(batch, heads, length, -1) / total).float()
+
+
+def pad_keys(x: Tensor, span: int) -> Tensor:
+    """[B, heads, T, D] -> [B, heads, span, D], zeros behind."""
+    return torch.nn.functional.pad(x, (0, 0, 0, span - x.shape[2]))
+
+
+def deinterleave(x: Tensor) -> Tensor:
+    """DeepSeek stores rotary pairs side by side; bring them to halves."""
+    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary embedding of x [B, T, heads, D] by (cos, sin) [B, T, 1, D]."""
+    cos, sin = rope
+    low, high = x.chunk(2, -1)
+    return x * cos + torch.cat((-high, low), -1) * sin
+
+
+def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+class Rope:
+    """Rotary tables in float32, made once; with YaRN where the card says so (arXiv 2309.00071)."""
+
+    def __init__(self, model: Model, device: torch.device | str):
+        dim = model.mla.qk_rope_head_dim if model.mla else model.head_dim
+        inverse = 1.0 / model.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+        self.factor = 1.0
+        if yarn := model.rope_scaling:
+            both = yarn.mscale and yarn.mscale_all_dim
+            self.factor = (
+                yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim)
+                if both
+                else yarn_mscale(yarn.factor)
+            )
+
+            def turn(rotations: float) -> float:  # the dimension that turns this often over the original context
+                length = yarn.original_max_position_embeddings
+                return dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(model.rope_theta))
+
+            low, high = max(math.floor(turn(yarn.beta_fast)), 0), min(math.ceil(turn(yarn.beta_slow)), dim - 1)
+            ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
+            inverse = inverse / yarn.factor * ramp + inverse * (1 - ramp)
+        self.inverse = inverse.to(device)
+        self.cos = self.sin = torch.empty(0)
+        self._grow(256)
+
+    def _grow(self, length: int) -> None:
+        angle = torch.arange(length, dtype=torch.float32, device=self.inverse.device)[:, None] * self.inverse
+        angle = torch.cat((angle, angle), -1)  # [length, D]
+        self.cos, self.sin = angle.cos() * self.factor, angle.sin() * self.factor
+
+    def __call__(self, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+        longest = int(positions_BT.max()) + 1
+        if longest > len(self.cos):
+            self._grow(1 << (longest - 1).bit_length())
+        return self.cos[positions_BT][:, :, None], self.sin[positions_BT][:, :, None]
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    """log softmax(logits / temperature) at `tokens`; logits [..., V] float32, tokens [...] -> [...] float32.
+
+    The one function behind lp_R, lp_T and lp_C. Temperature 0 (greedy) reports at temperature 1.
+    """
+    z = logits / (temperature or 1.0)
+    return z.gather(-1, tokens[..., None])[..., 0] - z.logsumexp(-1)
+
+
+def token_entropy(logits: Tensor, temperature: float) -> Tensor:
+    """Entropy in nat of softmax(logits / temperature) over the whole vocabulary: [..., V] -> [...]."""
+    z = logits / (temperature or 1.0)
+    total = z.logsumexp(-1)
+    return total - ((z - total[..., None]).exp() * z).sum(-1)
+
+
+def initial_tensors(model: Model, seed: int) -> dict[str, Tensor]:
+    """Random start: normal with the card's initializer_range, norms 1, biases 0; one stream a tensor."""
+    tensors = {}
+    for index, param in enumerate(model.params()):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+        if param.kind == "norm":
+            tensor = torch.ones(param.shape)
+        elif param.kind in ("bias", "router_bias"):
+            tensor = torch.zeros(param.shape)
+        else:
+            tensor = torch.randn(param.shape, generator=generator) * model.initializer_range
+        tensors[param.name] = tensor
+    return tensors
+
+
+def pick_device(wish: str) -> torch.device:
+    """auto: the first GPU if there is one."""
+    if wish == "auto":
+        wish = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(wish)

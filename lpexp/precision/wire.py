@@ -1,0 +1,61 @@
+"""Weights on their way from trainer to rollout: quantised once, in the wire's precision, tensor by tensor.
+
+`ship` is the meaning of a weight update; every transport moves what it yields and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lpexp.data import Param
+from lpexp.precision import Parts, Precision
+from lpexp.precision.fp32 import Fp32
+
+Frozen = tuple[str, tuple[int, ...], np.ndarray]  # dtype name, shape, bytes
+
+
+def side(param: Param, precision: Precision, moe: bool) -> Precision:
+    """The precision that this tensor is served in: the router's selection bias keeps float32, as its authors ship it."""
+    if param.kind == "router_bias":
+        return Fp32(name="fp32")
+    return precision if precision.covers(param, moe) else precision.plain
+
+
+def ship(
+    weights: Mapping[str, Tensor], params: Iterable[Param], precision: Precision, moe: bool
+) -> Iterator[tuple[Param, Parts]]:
+    """(param, its served parts), one tensor in memory at a time."""
+    for param in params:
+        yield param, side(param, precision, moe).quantize(weights[param.name])
+
+
+def freeze(parts: Parts) -> dict[str, Frozen]:
+    """Tensors of any dtype as raw bytes that every process and every torch can read."""
+    return {suffix: _bytes(tensor) for suffix, tensor in parts.items()}
+
+
+def thaw(parts: Mapping[str, Frozen], device: torch.device | str = "cpu") -> Parts:
+    return {
+        suffix: torch.from_numpy(raw.copy()).view(getattr(torch, dtype)).view(shape).to(device)
+        for suffix, (dtype, shape, raw) in parts.items()
+    }
+
+
+def _bytes(tensor: Tensor) -> Frozen:
+    flat = tensor.detach().cpu().contiguous()
+    return str(flat.dtype).removeprefix("torch."), tuple(flat.shape), flat.reshape(-1).view(torch.uint8).numpy()
+
+
+def checksum(weights: Mapping[str, Parts]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, 16 hex digits; recomputed from what an engine holds."""
+    found = hashlib.sha256()
+    for name in sorted(weights):
+        for suffix, (dtype, shape, raw) in sorted(freeze(weights[name]).items()):
+            found.update(f"{name}|{suffix}|{dtype}|{shape}|".encode())
+            found.update(raw.tobytes())
+    return found.hexdigest()[:16]
