@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import Field
 
 from lpexp.config import rule
-from lpexp.data import Batch, LearnReport, SyncReport
+from lpexp.data import Batch, LearnReport, Param, SyncReport
 from lpexp.errors import Mistake, RunError
 from lpexp.trainer import TrainerSpec
 
@@ -118,11 +118,12 @@ class EmbeddedRank:
         """Version 0: the warmed-up weights, the card's directory, or a random start; the KL reference is fixed here."""
         from lpexp.checkpoint import load_tensors
         from lpexp.model.decoder import initial_tensors
-        from lpexp.model.hf import load_weights
 
         if start is not None:
             self.start(load_tensors(Path(start)))
         elif self.model.path:
+            from lpexp.model.hf import load_weights
+
             self.start(load_weights(Path(self.model.path), self.model))
         else:
             self.start(initial_tensors(self.model, self.exp.seed))
@@ -388,12 +389,13 @@ class EmbeddedRank:
     def _adam(self, gradient: Tensor) -> float:
         """One AdamW step on the flat masters (torch's own single-tensor rule); the learning rate used."""
         import torch
+        from torch.optim._functional import adamw
 
         self.updates += 1
         spec = self.spec
         lr = spec.lr * min(1.0, self.updates / spec.lr_warmup_steps) if spec.lr_warmup_steps else spec.lr
         steps = torch.tensor(float(self.updates - 1))  # the rule counts it up by one
-        torch.optim.adamw.adamw(
+        adamw(
             [self.flat], [gradient], [self.exp_avg], [self.exp_avg_sq], [], [steps],
             foreach=False, amsgrad=False, beta1=spec.betas[0], beta2=spec.betas[1], lr=lr,
             weight_decay=spec.weight_decay, eps=spec.eps, maximize=False,
@@ -432,26 +434,38 @@ class Found:
 
 
 class QuantStats:
-    """Sums for quant/<class>/*: how far the served weights are from the trainer's, over each module class."""
+    """quant/<class>/*: how far the served weights are from the trainer's, over all tensors of a module class."""
 
     def __init__(self, wire: Precision, moe: bool):
         self.wire, self.moe = wire, moe
-        self.classes: dict[str, list[dict[str, float]]] = {}
+        self.classes: dict[str, list[tuple[int, float, dict[str, float]]]] = {}
         self.quantised = self.total = 0
 
-    def add(self, param: Any, weight: Tensor, parts: Any) -> None:
+    def add(self, param: Param, weight: Tensor, parts: Any) -> None:
         self.total += weight.numel()
         if self.wire.covers(param, self.moe):
             self.quantised += weight.numel()
-            self.classes.setdefault(param.kind, []).append(self.wire.stats(weight, parts))
+            found = (weight.numel(), float(weight.double().square().sum()), self.wire.stats(weight, parts))
+            self.classes.setdefault(param.kind, []).append(found)
 
     def share(self) -> float:
         return self.quantised / self.total
 
     def result(self) -> dict[str, dict[str, float]]:
-        from lpexp.precision import merge_stats
-
-        return {kind: merge_stats(stats) for kind, stats in self.classes.items()}
+        merged = {}
+        for kind, found in self.classes.items():
+            size = sum(n for n, _, _ in found)
+            lost = sum(square * stats["rel_error"] ** 2 for _, square, stats in found)
+            rel_error = (lost / sum(square for _, square, _ in found)) ** 0.5
+            merged[kind] = {
+                "rel_error": rel_error,
+                "sqnr_db": -20 * float(np.log10(rel_error)) if rel_error else float("inf"),
+                "saturated_frac": sum(n * stats["saturated_frac"] for n, _, stats in found) / size,
+                "zero_block_frac": sum(n * stats["zero_block_frac"] for n, _, stats in found) / size,
+                "scale_min": min(stats["scale_min"] for _, _, stats in found),
+                "scale_max": max(stats["scale_max"] for _, _, stats in found),
+            }
+        return merged
 
 
 def tree_sum(tensors: Sequence[Tensor]) -> Tensor:
