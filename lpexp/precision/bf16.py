@@ -1,0 +1,67 @@
+"""bf16: values of 8 significant bits, float32 sums, one rounding at the end of every product.
+
+On a CPU the values live in float32 carriers; on a GPU products run in the native bf16 kernels.
+Left out: unrounded outputs, which head and router ask for with `accumulate`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lpexp.data import Param
+from lpexp.precision import Parts, Precision
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Bf16(Precision):
+    """The 16-bit model: what every quantiser starts from, and the plain precision beside each of them."""
+
+    def covers(self, param: Param, moe: bool) -> bool:
+        return False
+
+    def quantize(self, weight: Tensor, name: str = "weight") -> Parts:
+        import torch
+
+        from lpexp.precision import numeric
+
+        rounded = weight.detach().to(torch.bfloat16)
+        numeric.check_finite(rounded, name)
+        return {"weight": rounded}
+
+    def dequantize(self, parts: Parts) -> Tensor:
+        return parts["weight"].float()
+
+    def round(self, x: Tensor) -> Tensor:
+        from lpexp.precision import numeric
+
+        return numeric.round_bf16(x)
+
+    def operand(self, parts: Parts) -> Tensor:
+        return self.dequantize(parts)
+
+    def linear(self, x: Tensor, weight: Tensor, operand: Tensor | None = None) -> Tensor:
+        from lpexp.precision import numeric
+
+        w = numeric.bf16(weight.detach()) if operand is None else operand
+        return numeric.linear(self.round(x), weight, w, numeric.bf16, numeric.matmul_bf16)
+
+    def serve(self, x: Tensor, operand: Tensor) -> Tensor:
+        import torch
+
+        with torch.no_grad():
+            return self.linear(x, operand, operand)
+
+    def accumulate(self, x: Tensor, weight: Tensor, operand: Tensor | None = None) -> Tensor:
+        from lpexp.precision import numeric
+
+        w = numeric.bf16(weight.detach()) if operand is None else operand
+        return numeric.accumulate(self.round(x), weight, w, numeric.bf16)
+
+    @property
+    def plain(self) -> Precision:
+        return self
+
+    def format(self) -> dict[str, Any]:
+        return {"identity": "bf16"}

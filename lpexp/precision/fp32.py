@@ -1,0 +1,54 @@
+"""fp32: no rounding anywhere. The reference for parity with other implementations."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lpexp.data import Param
+from lpexp.precision import Parts, Precision
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Fp32(Precision):
+    """Weights, activations and gradients in float32."""
+
+    def covers(self, param: Param, moe: bool) -> bool:
+        return False
+
+    def quantize(self, weight: Tensor, name: str = "weight") -> Parts:
+        from lpexp.precision import numeric
+
+        numeric.check_finite(weight, name)
+        return {"weight": weight.detach().float()}
+
+    def dequantize(self, parts: Parts) -> Tensor:
+        return parts["weight"].float()
+
+    def round(self, x: Tensor) -> Tensor:
+        return x
+
+    def operand(self, parts: Parts) -> Tensor:
+        return self.dequantize(parts)
+
+    def linear(self, x: Tensor, weight: Tensor, operand: Tensor | None = None) -> Tensor:
+        from lpexp.precision import numeric
+
+        return numeric.linear(x, weight, weight.detach() if operand is None else operand, numeric.exact)
+
+    def serve(self, x: Tensor, operand: Tensor) -> Tensor:
+        import torch
+
+        with torch.no_grad():
+            return self.linear(x, operand, operand)
+
+    def accumulate(self, x: Tensor, weight: Tensor, operand: Tensor | None = None) -> Tensor:
+        return self.linear(x, weight, operand)
+
+    @property
+    def plain(self) -> Precision:
+        return self
+
+    def format(self) -> dict[str, Any]:
+        return {"identity": "fp32"}

@@ -1,0 +1,271 @@
+"""The arithmetic that every precision shares: bf16 rounding, row-invariant products, 8-bit blocks and 4-bit groups.
+
+All values live in float32 carriers; all quantiser arithmetic is float32 with correctly rounded division.
+Left out on purpose: which tensor gets which treatment; that is the precisions' own. This is the one module of the
+package that imports torch at its top, so import it inside functions.
+Source: docs/precisions.md; formats are OCP OFP8 (e4m3, no infinity) and compressed-tensors pack-quantized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lpexp.errors import NonFiniteWeightError, RunError
+
+PAD_ROWS = 16  # a product of a multiple of 16 rows has the same bits in every row, however many rows there are
+BLOCK = 128
+E4M3 = torch.float8_e4m3fn
+E4M3_MAX = 448.0
+FLOOR = 1e-10  # least amax of weights and activations
+FLOOR_GRAD = 448.0 * 2.0**-126  # least amax of gradients: its scale 2^-126 still has a finite reciprocal
+INT4_FLOOR = 1e-5  # least scale of a group
+
+Round = Callable[[Tensor], Tensor]
+
+
+# -- rounding and products -----------------------------------------------------------------------------------------
+def bf16(x: Tensor) -> Tensor:
+    """RN16b: the nearest bf16 values, ties to even, in a float32 carrier; no autograd rule of its own."""
+    return x.to(torch.bfloat16).to(torch.float32)
+
+
+class _RoundBf16(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return bf16(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return bf16(grad)
+
+
+def round_bf16(x: Tensor) -> Tensor:
+    """RN16b of the values and, in the backward pass, of the gradient."""
+    return _RoundBf16.apply(x)  # type: ignore[return-value]
+
+
+def exact(x: Tensor) -> Tensor:
+    """No rounding: what float32 carries between modules."""
+    return x
+
+
+def pad_rows(x: Tensor, multiple: int) -> Tensor:
+    """[M, K] with zero rows below, so that M is a multiple; the tensor itself when it is one."""
+    missing = -x.shape[0] % max(multiple, 1)
+    return pad(x, (0, 0, 0, missing)) if missing else x
+
+
+def matmul(x: Tensor, w: Tensor) -> Tensor:
+    """x [M, K] @ w [N, K].T in float32; TF32 would break every bitwise promise and is refused."""
+    if x.is_cuda and torch.backends.cuda.matmul.allow_tf32:
+        raise RunError("torch.backends.cuda.matmul.allow_tf32 is on; the arithmetic of a precision needs it off")
+    return x @ w.t()  # [M, K] @ [K, N]
+
+
+def matmul_rows(x: Tensor, w: Tensor) -> Tensor:
+    """x [M, K] @ w [N, K].T whose row bits do not depend on M: rows are padded with zeros to PAD_ROWS and cropped."""
+    return matmul(pad_rows(x, PAD_ROWS), w)[: x.shape[0]]
+
+
+def matmul_bf16(x: Tensor, w: Tensor) -> Tensor:
+    """The product of bf16 values with float32 sums as output; on a GPU by the native bf16 kernel."""
+    if x.is_cuda:
+        return torch.mm(x.to(torch.bfloat16), w.to(torch.bfloat16).t(), out_dtype=torch.float32)
+    return matmul_rows(x, w)
+
+
+class _Linear(torch.autograd.Function):
+    """Y = round(X W^T), dX = round(dY W), dW = dY^T X in float32; `w` holds the values, `weight` takes the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, w: Tensor, round: Round, product: Any, unrounded: bool) -> Tensor:
+        x2 = x.reshape(-1, x.shape[-1])
+        ctx.save_for_backward(x2, w)
+        ctx.shape, ctx.round, ctx.unrounded = x.shape, round, unrounded
+        y = product(x2, w)
+        return (y if unrounded else round(y)).reshape(*x.shape[:-1], w.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        x2, w = ctx.saved_tensors
+        dy = grad.reshape(-1, w.shape[0])
+        dy = dy if ctx.unrounded else ctx.round(dy)
+        dx = ctx.round(matmul(dy, w.t())).reshape(ctx.shape) if ctx.needs_input_grad[0] else None  # [M, N] @ [N, K]
+        dw = matmul(dy.t(), x2.t()) if ctx.needs_input_grad[1] else None  # [N, M] @ [M, K]
+        return dx, dw, None, None, None, None
+
+
+def linear(x: Tensor, weight: Tensor, w: Tensor, round: Round, product: Any = matmul_rows) -> Tensor:
+    """x [..., K] times the values w [N, K]; output and input gradient rounded, the gradient of w goes to `weight`."""
+    return _Linear.apply(x, weight, w, round, product, False)  # type: ignore[return-value]
+
+
+def accumulate(x: Tensor, weight: Tensor, w: Tensor, round: Round) -> Tensor:
+    """As `linear`, with the float32 sums themselves as output (head, router); only the input gradient is rounded."""
+    return _Linear.apply(x, weight, w, round, matmul_rows, True)  # type: ignore[return-value]
+
+
+# -- checks --------------------------------------------------------------------------------------------------------
+def check_finite(weight: Tensor, name: str) -> None:
+    """Raise NonFiniteWeightError with the first bad index, its value and the number of bad values."""
+    bad = ~torch.isfinite(weight)
+    if bool(bad.any()):
+        index = tuple(int(i) for i in bad.nonzero()[0])
+        raise NonFiniteWeightError(name, index, float(weight[index]), int(bad.sum()))
+
+
+# -- 8-bit blocks --------------------------------------------------------------------------------------------------
+def scale_e4m3(amax: Tensor, floor: float, pow2: bool) -> Tensor:
+    """Decode scale of blocks: max(amax, floor) / 448, or the least power of two not below it (by integer steps)."""
+    top = amax.clamp(min=floor)
+    scale = top / torch.full_like(top, E4M3_MAX)  # a tensor divisor: CUDA multiplies by the reciprocal of a scalar
+    if pow2:
+        bits = scale.view(torch.int32)
+        scale = ((bits + 0x7FFFFF) & ~0x7FFFFF).view(torch.float32)  # exponent + 1 where the mantissa is not 0
+    return scale
+
+
+def to_e4m3(x: Tensor) -> Tensor:
+    """RN8(clamp(x, +-448)): the codes as e4m3."""
+    return x.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
+
+
+_decoded: dict[torch.device, Tensor] = {}
+
+
+def from_e4m3(codes: Tensor) -> Tensor:
+    """The codes' values in float32; a table look-up, five times faster on a CPU than torch's cast."""
+    table = _decoded.get(codes.device)
+    if table is None:
+        table = torch.arange(256, dtype=torch.uint8, device=codes.device).view(E4M3).to(torch.float32)
+        _decoded[codes.device] = table
+    return table.index_select(0, codes.view(torch.uint8).flatten().to(torch.int32)).view(codes.shape)
+
+
+def quantize_e4m3(x: Tensor, dim: int, floor: float, pow2: bool) -> tuple[Tensor, Tensor]:
+    """Codes (float32 carriers) and scales [..., 1, ...] of blocks that run along `dim`.
+
+    A block with a NaN or an infinity is poisoned: all its codes are NaN, its scale is 1, so that the loss shows it.
+    """
+    amax = x.abs().amax(dim, keepdim=True)
+    scale = scale_e4m3(amax, floor, pow2)
+    codes = from_e4m3(to_e4m3(x / scale))
+    poisoned = ~torch.isfinite(amax)
+    if x.is_cuda or bool(poisoned.any()):  # on a GPU looking would cost a synchronisation
+        codes, scale = codes.masked_fill(poisoned, float("nan")), scale.masked_fill(poisoned, 1.0)
+    return codes, scale
+
+
+def quantize_rows(x: Tensor, floor: float, pow2: bool) -> tuple[Tensor, Tensor]:
+    """[M, K] in blocks of 1 x 128 along K -> codes [M, K], scales [M, ceil(K / 128)]."""
+    rows, cols = x.shape
+    padded = pad(x, (0, -cols % BLOCK))
+    codes, scale = quantize_e4m3(padded.view(rows, -1, BLOCK), 2, floor, pow2)
+    return codes.view(rows, -1)[:, :cols], scale.squeeze(2)
+
+
+def quantize_columns(x: Tensor, floor: float, pow2: bool) -> tuple[Tensor, Tensor]:
+    """[M, K] in blocks of 128 x 1 along M -> codes [B, 128, K] with zero rows at the end, scales [B, K]."""
+    padded = pad_rows(x, BLOCK)
+    codes, scale = quantize_e4m3(padded.view(-1, BLOCK, x.shape[1]), 1, floor, pow2)
+    return codes, scale.squeeze(1)
+
+
+def quantize_tiles(w: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:
+    """A finite weight [N, K] in tiles of 128 x 128 -> e4m3 codes [N, K], scales [ceil(N / 128), ceil(K / 128)]."""
+    rows, cols = w.shape
+    padded = pad(w, (0, -cols % BLOCK, 0, -rows % BLOCK))
+    tiles = padded.view(padded.shape[0] // BLOCK, BLOCK, -1, BLOCK)
+    scale = scale_e4m3(tiles.abs().amax((1, 3)), FLOOR, pow2)
+    codes = to_e4m3(tiles / scale[:, None, :, None]).view(padded.shape)[:rows, :cols].contiguous()
+    return codes, scale
+
+
+def spread(scale: Tensor, size: int) -> Tensor:
+    """[R, B] -> [R, size]: each scale 128 times, cropped."""
+    return scale.repeat_interleave(BLOCK, 1)[:, :size].contiguous()
+
+
+def block_matmul(q_x: Tensor, s_x: Tensor, q_w: Tensor, s_w: Tensor) -> Tensor:
+    """Scaled product with one float32 step a block of the inner dimension, in increasing order.
+
+    q_x [M, K], s_x [M, B], q_w [N, K], s_w [B, N] -> y [M, N]; y_b = fma(P_b * s_x, s_w, y_(b-1)), P_b in float32.
+    """
+    y = q_x.new_zeros(q_x.shape[0], q_w.shape[0])
+    for b in range(s_x.shape[1]):
+        k = slice(b * BLOCK, (b + 1) * BLOCK)
+        part = matmul(q_x[:, k], q_w[:, k])  # [M, 128] @ [128, N]
+        y.addcmul_(part.mul_(s_x[:, b, None]), s_w[b])
+    return y
+
+
+def block_outer(q_y: Tensor, s_y: Tensor, q_x: Tensor, s_x: Tensor) -> Tensor:
+    """dW [N, K] = sum over row blocks b of (q_y[b].T @ q_x[b]) * s_y[b, n] * s_x[b, k], in increasing order.
+
+    q_y [B, 128, N], s_y [B, N], q_x [B, 128, K], s_x [B, K].
+    """
+    total = q_y.new_zeros(q_y.shape[2], q_x.shape[2])
+    for b in range(q_y.shape[0]):
+        part = matmul(q_y[b].t(), q_x[b].t())  # [N, 128] @ [128, K]
+        total.addcmul_(part.mul_(s_y[b, :, None]), s_x[b])
+    return total
+
+
+# -- 4-bit groups --------------------------------------------------------------------------------------------------
+def quantize_groups(w: Tensor, group: int, divisor: float, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """A finite weight [N, K] in groups along K -> codes int8 [N, K], scales bf16 [N, K / group].
+
+    The scale is rounded to bf16 before the codes are computed from it; codes are integers, so -0 does not exist.
+    """
+    groups = w.view(w.shape[0], -1, group)
+    amax = groups.abs().amax(2)
+    scale = (amax / torch.full_like(amax, divisor)).clamp(min=INT4_FLOOR).to(torch.bfloat16)
+    codes = torch.round(groups / scale.to(torch.float32)[:, :, None]).clamp(low, high)
+    return codes.to(torch.int8).view(w.shape), scale
+
+
+def dequantize_groups(codes: Tensor, scale: Tensor) -> Tensor:
+    """RN16b(q * s) in float32 carriers; codes int8 [N, K], scale bf16 [N, K / group]."""
+    groups = codes.to(torch.float32).view(*scale.shape, -1)
+    return bf16(groups * scale.to(torch.float32)[:, :, None]).view(codes.shape)
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """int8 [N, K] in -8..7 -> int32 [N, K / 8], offset-binary, the first element in the lowest bits."""
+    v = (codes + 8).to(torch.uint8)
+    return (v[:, 0::2] | (v[:, 1::2] << 4)).contiguous().view(torch.int32)  # bytes of a little-endian word
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """The inverse of `pack_nibbles`: int8 [N, K]."""
+    pairs = packed.contiguous().view(torch.uint8)
+    return torch.stack((pairs & 15, pairs >> 4), 2).view(packed.shape[0], -1).to(torch.int8) - 8
+
+
+# -- what quantisation did -----------------------------------------------------------------------------------------
+def error(weight: Tensor, served: Tensor) -> dict[str, float]:
+    """Relative error norm(W - dq(W)) / norm(W) and its SQNR in dB (infinite when nothing was lost)."""
+    w = weight.detach().to(torch.float64)
+    norm, lost = float(w.norm()), float((w - served.to(torch.float64)).norm())
+    relative = lost / norm if norm else 0.0
+    return {"rel_error": relative, "sqnr_db": -20 * float(torch.tensor(relative).log10()) if lost else float("inf")}
+
+
+def code_stats(
+    weight: Tensor, codes: Tensor, scale: Tensor, block: tuple[int, int], low: float, high: float
+) -> dict[str, float]:
+    """Share of codes at an end of the range, share of blocks whose weights are all zero, extremes of the scales."""
+    rows, cols = block
+    padded = pad(weight.detach(), (0, -weight.shape[1] % cols, 0, -weight.shape[0] % rows))
+    nonzero = (padded != 0).view(padded.shape[0] // rows, rows, -1, cols).any(3).any(1)
+    return {
+        "saturated_frac": float(((codes <= low) | (codes >= high)).double().mean()),
+        "zero_block_frac": float((~nonzero).double().mean()),
+        "scale_min": float(scale.min()),
+        "scale_max": float(scale.max()),
+    }
