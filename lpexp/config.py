@@ -57,7 +57,7 @@ class Spec(BaseModel):
 
     def dump(self) -> dict[str, Any]:
         """This spec as plain data with every default filled in and `_target_` where the class was chosen."""
-        return {TARGET: _path(type(self))} | {key: _plain(value) for key, value in self}
+        return {TARGET: _path(type(self))} | {_key(type(self), name): _plain(value) for name, value in self}
 
 
 def load(data: Mapping[str, Any], kind: type[S]) -> S:
@@ -103,6 +103,11 @@ def _path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+def _key(kind: type[Spec], name: str) -> str:
+    """How the data spells a field: its alias where the name is taken by a method."""
+    return kind.model_fields[name].alias or name
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Spec):
         return value.dump()
@@ -135,8 +140,8 @@ def _mistakes(line: Any, kind: type[Spec], data: Any) -> Iterator[Mistake]:
     given = line["input"]
     if line["type"] == "extra_forbidden":
         owner = _class_at(kind, data, where[:-1])
-        near = nearest(where[-1], owner.model_fields) if owner else None
-        known = ", ".join(sorted(owner.model_fields)) if owner else ""
+        keys = sorted(_key(owner, name) for name in owner.model_fields) if owner else []
+        near, known = nearest(where[-1], keys), ", ".join(keys)
         yield Mistake(key, f"unknown key -- did you mean {near!r}?" if near else f"unknown key; known here: {known}")
     elif line["type"] == "missing":
         yield Mistake(key, "is missing and has no default")

@@ -29,7 +29,7 @@ class Grpo(Algorithm):
 
     clip_low: float = Field(0.2, gt=0, lt=1)
     clip_high: float = Field(0.28, gt=0)
-    std_norm: bool = True  # divide by the group's unbiased standard deviation + 1e-6
+    std_norm: bool = False  # divide by the group's unbiased standard deviation + 1e-6
     reduction: Literal["token_mean", "seq_mean_token_mean"] = "token_mean"
 
     @rule

@@ -7,6 +7,7 @@ a tokenizer.json. Chat templates follow the Hugging Face convention (jinja2, san
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from lpexp.errors import ConfigError, Mistake
 
 if TYPE_CHECKING:
+    import jinja2
+
     from lpexp.model import Model
 
 Messages = Sequence[Mapping[str, str]]  # [{"role": "user", "content": "2+2?"}, ...]
@@ -73,7 +76,7 @@ class HfTokenizer:
     def __init__(self, directory: str | Path):
         import tokenizers
 
-        directory = Path(directory)
+        self._directory = directory = Path(directory)
         file = directory / "tokenizer.json"
         if not file.is_file():
             raise ConfigError([Mistake("model.path", f"{file} does not exist; save the tokenizer beside the weights")])
@@ -83,17 +86,18 @@ class HfTokenizer:
             raise ConfigError([Mistake("model.path", f"{file} is no tokenizer that can be read: {error}")]) from None
         self._inner.no_truncation()
         self._inner.no_padding()
-        self._file = directory / "tokenizer_config.json"
-        config = _read_json(self._file)
-        self._special = {key: _content(config[key]) for key in ("bos_token", "eos_token") if config.get(key)}
+        settings = directory / "tokenizer_config.json"
+        self._config = _read_json(settings)
+        self._special = {
+            key: _content(self._config[key]) for key in ("bos_token", "eos_token") if self._config.get(key)
+        }
         eos = self._special.get("eos_token")
         stop = None if eos is None else self._inner.token_to_id(eos)
         if stop is None:
             said = "names no eos_token" if eos is None else f"has eos_token {eos!r}, which {file.name} does not know"
-            raise ConfigError([Mistake("model.path", f"{self._file} {said}; generation would never stop")])
+            raise ConfigError([Mistake("model.path", f"{settings} {said}; generation would never stop")])
         self.stop_id: int = stop
         self.vocab_size: int = max(self._inner.get_vocab(with_added_tokens=True).values()) + 1
-        self._template = _chat_template(directory, config)
 
     def encode(self, text: str) -> list[int]:
         return self._inner.encode(text, add_special_tokens=False).ids
@@ -111,25 +115,44 @@ class HfTokenizer:
     def chat(self, prompt: str | Messages) -> str:
         """The text that the chat template makes of a user's prompt or of messages, ready for the answer."""
         import jinja2
+
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        try:
+            return self._template.render(messages=messages, add_generation_prompt=True, **self._special)
+        except jinja2.TemplateError as error:
+            message = f"the template of {self._directory} failed: {error}"
+            raise ConfigError([Mistake("task.chat_template", message)]) from None
+
+    @functools.cached_property
+    def _template(self) -> jinja2.Template:
+        """The chat template of chat_template.jinja or tokenizer_config.json (of several, the one named default)."""
+        import jinja2
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        if self._template is None:
-            raise ConfigError([Mistake("task.chat_template", f"{self._file} has no chat template; use false")])
+        file, source = self._directory / "chat_template.jinja", self._config.get("chat_template")
+        if file.is_file():
+            source = file.read_text()
+        if isinstance(source, list):
+            source = next((entry["template"] for entry in source if entry["name"] == "default"), None)
+        if source is None:
+            message = f"{self._directory} has no chat template; use false"
+            raise ConfigError([Mistake("task.chat_template", message)])
 
         def raise_exception(message: str) -> None:
             raise jinja2.TemplateError(message)
 
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         loops = ["jinja2.ext.loopcontrols"]
         world = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=loops)
         world.globals["raise_exception"] = raise_exception
         world.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
         try:
-            template = world.from_string(self._template)
-            return template.render(messages=messages, add_generation_prompt=True, **self._special)
+            return world.from_string(source)
         except jinja2.TemplateError as error:
-            message = f"the template of {self._file} failed: {error}"
+            message = f"the template of {self._directory} is no jinja2 template: {error}"
             raise ConfigError([Mistake("task.chat_template", message)]) from None
+
+    def __reduce__(self) -> tuple[type, tuple[Path]]:
+        return HfTokenizer, (self._directory,)  # a compiled template cannot travel to a worker
 
 
 def load_tokenizer(model: Model) -> CharTokenizer | HfTokenizer:
@@ -163,13 +186,3 @@ def _read_json(file: Path) -> dict[str, Any]:
         raise ConfigError([Mistake("model.path", f"{file} does not exist; it names the stop token")]) from None
     except json.JSONDecodeError as error:
         raise ConfigError([Mistake("model.path", f"{file} is not JSON: {error}")]) from None
-
-
-def _chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
-    """chat_template.jinja, or the entry of tokenizer_config.json (of several, the one named default)."""
-    if (directory / "chat_template.jinja").is_file():
-        return (directory / "chat_template.jinja").read_text()
-    found = config.get("chat_template")
-    if isinstance(found, list):
-        return next((entry["template"] for entry in found if entry["name"] == "default"), None)
-    return found

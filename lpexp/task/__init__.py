@@ -54,6 +54,10 @@ class Task(Spec):
     def reward(self, prompt: Prompt, answer: str, finish: str) -> Score:
         """What this answer (decoded, without the stop token) is worth. May raise: counted, scored 0, never silent."""
 
+    def supply(self) -> tuple[int, int] | None:
+        """How many training and held-out prompts there are; None when the task cannot say."""
+        return None
+
     def examples(self, seed: int, step: int, count: int, tokenizer: Tokenizer) -> list[tuple[Prompt, str]]:
         """`count` training prompts with their right answers, for the warm-up; empty when the task has none."""
         return []
@@ -96,6 +100,12 @@ class Warmup(Spec):
 
 
 Task.model_rebuild()
+
+
+def words(count: int, *key: object) -> np.ndarray:
+    """uint64 [count]: random words that are a function of the key alone, on every machine (SHAKE-128)."""
+    name = "\x1f".join(str(part) for part in key)
+    return np.frombuffer(hashlib.shake_128(name.encode()).digest(8 * count), "<u8")
 
 
 def is_held_out(text: str, one_in: int = 8) -> bool:

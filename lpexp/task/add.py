@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from pydantic import Field
 
-from lpexp.task.generated import Generated, words
+from lpexp.task import words
+from lpexp.task.generated import Generated
 
 
 class Add(Generated):

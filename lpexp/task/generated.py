@@ -8,32 +8,24 @@ until it lies on the wanted side of the held-out split and is new within its ste
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
 import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
 from pydantic import Field
 
 from lpexp.config import rule
 from lpexp.data import Prompt
 from lpexp.errors import ConfigError, Mistake
-from lpexp.task import HELD_OUT, Score, Task, is_held_out
+from lpexp.task import HELD_OUT, Score, Task, is_held_out, words
 
 if TYPE_CHECKING:
     from lpexp.model.tokenizer import Tokenizer
 
 PARTIAL, EXACT = 0.2, 0.8
 COUNTED = 1 << 14  # spaces up to this size are counted exactly by listing them
-
-
-def words(count: int, *key: object) -> np.ndarray:
-    """uint64 [count]: random words that are a function of the key alone."""
-    name = "\x1f".join(str(part) for part in key)
-    return np.frombuffer(hashlib.shake_128(name.encode()).digest(8 * count), "<u8")
 
 
 class Generated(Task):
@@ -65,7 +57,7 @@ class Generated(Task):
         """How many training and held-out prompts there are; estimated low where they are too many to list."""
         if self.size() > COUNTED:
             return self.size() * 3 // 4, self.size() // 10  # of 7/8 and 1/8: at COUNTED already 9 sigma away
-        return _listed(self)
+        return _listed(self)  # pyright: ignore[reportArgumentType]  # a frozen Spec hashes
 
     def train(self, seed: int, step: int, tokenizer: Tokenizer) -> list[Prompt]:
         texts = self._draw_distinct(self.prompts_per_step, False, "train", seed, step)
