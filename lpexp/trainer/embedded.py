@@ -548,6 +548,11 @@ class EmbeddedTrainer:
         held, seconds = rollout.load(shards, version)
         whole = time.perf_counter() - begin
         spent = report.seconds | seconds
+        wrong = [index for index, checksum in enumerate(held) if checksum != report.checksum_sent]
+        if wrong:
+            raise RunError(
+                f"weights of version {version}: engine {wrong[0]} holds {held[wrong[0]]}, sent was {report.checksum_sent}"
+            )
         spent["transfer"] = max(whole - sum(spent.values()), 0.0)
         return dataclasses.replace(report, seconds=spent | {"sync": whole}, checksums_held=tuple(held))
 

@@ -1,0 +1,58 @@
+"""The main loop: prompts -> groups -> batch -> weights -> wire -> prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lpexp import checkpoint, record
+from lpexp.errors import Stopped
+from lpexp.experiment import Experiment
+from lpexp.log import Note
+from lpexp.session import Session
+
+
+def run(exp: Experiment, overrides: Sequence[str] = ()) -> int:
+    """Train `exp.steps` steps, or the rest of them; the exit code. RunError and ConfigError propagate."""
+    with Session(exp, overrides) as run:
+        try:
+            for step in range(run.start, exp.steps):
+                train(run, step)
+                run.stop.at_safe_point(lambda version=step + 1: run.save(version))
+            with run.log.step(exp.steps) as note:  # the last weights have a line of their own
+                finish(run, note)
+        except Stopped as stopped:
+            run.log.stopped(stopped)
+            return 128 + stopped.signal
+        checkpoint.finish(run.run_dir, run.log.summary())
+    return 0
+
+
+def train(run: Session, step: int) -> None:
+    """Line `step` of the log: the weights of version `step` are kept, evaluated and trained one batch further."""
+    exp, rollout, trainer = run.exp, run.rollout, run.trainer
+    with run.log.step(step) as note:
+        if step > run.start and step % exp.checkpoint.every == 0:
+            with note.time("checkpoint"):
+                run.save(step)
+        if step % exp.eval.every == 0:
+            with note.time("eval"):
+                note.eval(exp.task.name, *run.evaluations(step))
+        with note.time("rollout"):
+            groups = run.pipeline.next(step)  # sampled by weights at most exp.lag versions old
+        with note.time("reward"):
+            groups = exp.task.score(groups, run.tokenizer)
+            note.rollout(groups)
+        with note.time("learn"):
+            report = trainer.step(exp.algorithm.batch(groups, step))
+            note.learn(report)
+        with note.time("sync"):
+            note.sync(trainer.publish(rollout, version=step + 1))
+        record.save(run.run_dir, report, exp.record.keep)
+
+
+def finish(run: Session, note: Note) -> None:
+    """The last weights: saved and evaluated."""
+    with note.time("checkpoint"):
+        run.save(run.exp.steps)
+    with note.time("eval"):
+        note.eval(run.exp.task.name, *run.evaluations(run.exp.steps))

@@ -1,0 +1,114 @@
+"""One run's surroundings: directory, log, workers, signals. Opened before the loop, closed on every way out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from lpexp import checkpoint
+from lpexp.cluster import Workers
+from lpexp.errors import RunError
+from lpexp.experiment import Experiment
+from lpexp.log import Log
+from lpexp.model.tokenizer import load_tokenizer
+from lpexp.precision import digest
+from lpexp.rollout import Pending, Rollout, Sampling
+from lpexp.stop import Stop
+
+
+class Session:
+    """Everything the loop works with; a context manager."""
+
+    def __init__(self, exp: Experiment, overrides: Sequence[str]):
+        self.exp, self.overrides = exp, list(overrides)
+
+    def __enter__(self) -> Session:
+        exp = self.exp
+        resume = checkpoint.resolve(exp)
+        self.finished, self.start, self.run_dir = resume.finished, resume.step, resume.run_dir
+        for note in resume.notes:
+            print(note, file=sys.stderr, flush=True)
+        with ExitStack() as stack:  # what was opened is closed, also when the next thing fails to open
+            self.stop = stack.enter_context(Stop(exp.stop_grace_s))
+            stack.enter_context(checkpoint.Claim(resume, exp))
+            self.log = Log(exp, self.run_dir, self.start, self.overrides)
+            stack.callback(self.log.close)
+            for note in resume.notes:
+                self.log.event("resume", note=note)
+            self.tokenizer = load_tokenizer(exp.model.sized())
+            workers = Workers(exp.cluster, self.log.event, self.run_dir)
+            stack.callback(workers.close)
+            self.trainer = exp.trainer.build(exp, workers)
+            stack.callback(self.trainer.close)
+            self.rollout = exp.rollout.build(exp, workers)
+            stack.callback(self.rollout.close)
+            self.trainer.restore(resume.checkpoint)
+            self.log.header(agreed(self.trainer.contract(), self.rollout.contract()))
+            self._stack = stack.pop_all()
+        self.pipeline = Pipeline(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def save(self, version: int) -> Path:
+        """A checkpoint of the weights after `version` batches."""
+        state = checkpoint.describe(self.exp, version, version)
+        return checkpoint.save(self.run_dir, version, state, self.trainer.save, self.exp.checkpoint.keep)
+
+    def evaluations(self, version: int) -> list:
+        """Greedy and sampled answers to the held-out prompts, scored."""
+        exp = self.exp
+        prompts = exp.task.held_out(exp.seed, exp.eval.prompts, self.tokenizer)
+        drawn = Sampling(
+            temperature=exp.eval.temperature, top_p=exp.eval.top_p, top_k=exp.eval.top_k, samples=exp.eval.samples
+        )
+        pending = [self.rollout.sample(prompts, s, version) for s in (Sampling(temperature=0.0), drawn)]
+        return [exp.task.score(groups.result(), self.tokenizer) for groups in pending]
+
+
+class Pipeline:
+    """The batches in order; with lag 1 the next one is generated while this one is learned from."""
+
+    def __init__(self, session: Session):
+        self.session, self.lag = session, session.exp.lag
+        trainer, rollout, start = session.trainer, session.rollout, session.start
+        self.pending: dict[int, Pending] = {}
+        if self.lag and start:  # the batch in hand was sampled by the weights one version back
+            trainer.publish(rollout, start - 1)
+            self._ask(start)
+        self.first_sync = trainer.publish(rollout, start)
+
+    def _ask(self, step: int) -> None:
+        if step not in self.pending and step < self.session.exp.steps:
+            exp = self.session.exp
+            sampling = Sampling(
+                temperature=exp.rollout.temperature,
+                top_p=exp.rollout.top_p,
+                top_k=exp.rollout.top_k,
+                samples=exp.algorithm.samples_per_prompt,
+            )
+            prompts = exp.task.train(exp.seed, step, self.session.tokenizer)
+            self.pending[step] = self.session.rollout.sample(prompts, sampling, step)
+
+    def next(self, step: int) -> list:
+        """The groups of this step; asks for the next step's, when lag lets them overlap."""
+        self._ask(step)
+        groups = self.pending.pop(step).result()
+        if self.lag:
+            self._ask(step + 1)
+        return groups
+
+
+def agreed(trains: dict[str, str], serves: dict[str, str]) -> str:
+    """The contract's hash; RunError names the first tensor on which trainer and rollout differ."""
+    for name in sorted({*trains, *serves}):
+        ours, theirs = trains.get(name, "absent"), serves.get(name, "absent")
+        if ours != theirs:
+            raise RunError(f"trainer and rollout disagree on {name}: {ours} against {theirs}")
+    return digest(trains)
+
+
+__all__ = ["Pipeline", "Rollout", "Session", "agreed"]
