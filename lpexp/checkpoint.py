@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lpexp.disk import replace_json, sync, sync_tree, write_json
 from lpexp.errors import ConfigError, Mistake, RunError
 from lpexp.experiment import MAY_CHANGE, Experiment
 
@@ -61,15 +62,15 @@ def save(run_dir: Path, step: int, state: Mapping[str, Any], write: Callable[[Pa
         temp.mkdir()
         try:
             write(temp)
-            _write_json(temp / STATE, {**state, "format": FORMAT, "step": step})
+            write_json(temp / STATE, {**state, "format": FORMAT, "step": step})
             _write_manifest(temp, step)
-            _sync_tree(temp)
+            sync_tree(temp)
             _set_aside(final)
             temp.rename(final)
         except BaseException:
             shutil.rmtree(temp, ignore_errors=True)  # what cannot be removed now is swept at the next save
             raise
-        _sync(folder)
+        sync(folder)
         wrong = verify(final)
         if wrong:
             raise RunError(f"{final} does not read back as it was written: {wrong}; nothing older was removed")
@@ -210,7 +211,7 @@ def holds_run(directory: Path) -> bool:
 
 def finish(run_dir: Path, summary: Mapping[str, Any]) -> None:
     """Mark the run as ended."""
-    _replace_json(run_dir / FINISHED, summary)
+    replace_json(run_dir / FINISHED, summary)
 
 
 class Claim:
@@ -323,7 +324,7 @@ def _record(resume: Resume, exp: Experiment) -> None:
     path = resume.run_dir / FOLDER / EXPERIMENT
     started = _read_json(path)["started"] if path.exists() else datetime.datetime.now(datetime.UTC).isoformat()
     record = {"format": FORMAT, "started": started, "config_hash": exp.hash(), "experiment": exp.dump()}
-    _replace_json(path, record)
+    replace_json(path, record)
     if not resume.finished:
         (resume.run_dir / FINISHED).unlink(missing_ok=True)
 
@@ -425,7 +426,7 @@ def _write_manifest(directory: Path, step: int) -> None:
         "files": {name: _sha256(path) for name, path in zip(names, paths, strict=True)},
         "bytes": {name: path.stat().st_size for name, path in zip(names, paths, strict=True)},
     }
-    _write_json(directory / MANIFEST, manifest | {"digest": _digest(manifest)})
+    write_json(directory / MANIFEST, manifest | {"digest": _digest(manifest)})
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:
@@ -438,37 +439,11 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync_tree(directory: Path) -> None:
-    for path in (*directory.rglob("*"), directory):
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON ({error}); it was altered after lpexp wrote it") from None
-
-
-def _write_json(path: Path, data: Any) -> None:
-    path.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
-
-
-def _replace_json(path: Path, data: Any) -> None:
-    """Write a JSON file so that a reader sees the old one or the new one."""
-    temp = path.with_name(f"{TEMP}{path.name}")
-    _write_json(temp, data)
-    _sync(temp)
-    temp.rename(path)
-    _sync(path.parent)
 
 
 class _guarded:
