@@ -1,15 +1,15 @@
 """The metric dictionary: every key that a run logs, with formula, unit, aggregation and whether it is volatile.
 
-Signs: lp_R the sampled token's log-prob from the rollout engine; lp_T the trainer's under the weights that sampled; lp_P
-under the newest weights before the first optimiser step on the batch; lp_C of the gradient forward.
+Signs: lp_R the sampled token's log-prob from the rollout engine; lp_T the trainer's under the weights that sampled;
+lp_P under the newest weights before the first optimiser step on the batch; lp_C of the gradient forward.
 d = lp_T - lp_R (numerics), v = lp_P - lp_T (staleness), u = lp_C - lp_P (update), so lp_C - lp_R = u + v + d.
 w' is the correction weight; A the advantage; s a sequence. <x> is the mean over the valid tokens of the whole global
 batch, <x>_s over its sequences; valid: a response token. kept: valid with w' > 0, used by update/* and train/*.
 Aggregations: T token mean, S sequence mean, X extreme, Q quantile, N count, F fraction, - other.
 A volatile key (times, speeds, memory) may differ between two equal runs; `lpexp compare --exact` skips it.
 
-An empty mask makes a key absent, never 0; nothing is clamped unless the formula says so; a non-finite log-prob fails the
-step. Left out until what they measure exists: routing/*, mismatch/attribution/*, throughput/mfu_*,
+An empty mask makes a key absent, never 0; nothing is clamped unless the formula says so; a non-finite log-prob fails
+the step. Left out until what they measure exists: routing/*, mismatch/attribution/*, throughput/mfu_*,
 staleness/dropped_samples, and the correction keys of veto, opsm and batch normalisation.
 """
 
@@ -81,8 +81,10 @@ METRICS: tuple[Metric, ...] = (
     *_bins("prob", "bins on exp(lp_R)"),
     *_bins("position", "bins on the index in the response, half open"),
     *_bins("entropy", "quartiles q1 (lowest) to q4 of the full-vocabulary entropy"),
-    Metric("mismatch/worst_tokens", "20 largest |d| > 0", "-", "X", "A table: which tokens, and what was done to them."),
-    # -- staleness: newer against older weights -------------------------------------------------------------------------
+    Metric(
+        "mismatch/worst_tokens", "20 largest |d| > 0", "-", "X", "A table: which tokens, and what was done to them."
+    ),
+    # -- staleness: newer against older weights -----------------------------------------------------------------------
     Metric("staleness/version_gap_mean", "<version at learning - version sampled>", "steps", "T", "Lag, mean."),
     Metric("staleness/version_gap_max", "max(version at learning - version sampled)", "steps", "X", "Lag, worst."),
     Metric("staleness/hist_<k>", "share of tokens with version gap k", "1", "F", "Lag, distribution."),
@@ -91,7 +93,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("staleness/logprob_abs_diff_mean", "<|v|>", "nat", "T", "The same gap, typical size."),
     Metric("offpolicy/kl_k3", "<exp(x) - 1 - x>, x = lp_C - lp_R", "nat", "T", "All three gaps at once."),
     Metric("offpolicy/ratio_mean", "<exp(lp_C - lp_R)>", "1", "T", "All three gaps at once."),
-    # -- correction: what was done about it -----------------------------------------------------------------------------
+    # -- correction: what was done about it ---------------------------------------------------------------------------
     Metric("correction/weight_mean", "<w'>", "1", "T", "Mean weight; 1 without a correction."),
     Metric("correction/weight_min", "min w'", "1", "X", "Smallest weight."),
     Metric("correction/weight_max", "max w'", "1", "X", "Largest weight."),
@@ -106,7 +108,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("correction/logratio_clamped_frac", "share of |lp_P - lp_R| > 20", "1", "F", "Clamped before exp."),
     Metric("correction/kl_k3_kept", "k3 of d over kept tokens", "nat", "T", "The gap that the loss still sees."),
     Metric("correction/kl_k3_removed", "k3 of d over removed tokens", "nat", "T", "The gap that was taken out."),
-    # -- update and train -------------------------------------------------------------------------------------------------
+    # -- update and train ---------------------------------------------------------------------------------------------
     Metric("update/kl_k3", "<exp(u) - 1 - u>", "nat", "T", "How far the batch's own updates moved the policy."),
     Metric("update/ratio_mean", "<exp(u)>", "1", "T", "PPO ratio, mean."),
     Metric("update/ratio_max", "max exp(u)", "1", "X", "PPO ratio, largest."),
@@ -125,8 +127,10 @@ METRICS: tuple[Metric, ...] = (
     Metric("train/grad_clip_frac", "1 if grad_norm exceeded the limit", "1", "F", "Share of clipped updates."),
     Metric("train/lr", "value of the schedule", "1", "-", "Learning rate."),
     Metric("train/param_norm", "L2 of all parameters", "1", "-", "Size of the weights."),
-    Metric("train/skipped_steps", "updates dropped for a non-finite gradient", "updates", "N", "0: such a step raises."),
-    # -- reward, response, evaluation -------------------------------------------------------------------------------------
+    Metric(
+        "train/skipped_steps", "updates dropped for a non-finite gradient", "updates", "N", "0: such a step raises."
+    ),
+    # -- reward, response, evaluation ---------------------------------------------------------------------------------
     Metric("reward/mean", "mean reward", "1", "-", "Over all finished samples of the step, before any filter."),
     Metric("reward/std", "population standard deviation", "1", "-", "Over all finished samples of the step."),
     Metric("reward/min", "smallest reward", "1", "X", "Over all finished samples of the step."),
@@ -149,7 +153,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("response/aborted_frac", "share with finish = abort", "1", "F", "Answers that never ended."),
     Metric("response/empty_frac", "share with zero tokens", "1", "F", "Nothing was generated."),
     Metric("response/repetition_frac", "share with > 30 % repeated 4-grams", "1", "F", "Answers that go in circles."),
-    # -- sync and quantisation --------------------------------------------------------------------------------------------
+    # -- sync and quantisation ----------------------------------------------------------------------------------------
     Metric("sync/version", "version served after the sync", "steps", "N", "Grows by one a sync."),
     Metric("sync/seconds", "quantize + transfer + load + rest", "s", "-", "Wall time of the weight update.", True),
     Metric("sync/quantize_seconds", "time spent quantising", "s", "-", "Part of sync/seconds.", True),
@@ -167,7 +171,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("quant/<class>/zero_block_frac", "blocks with amax 0", "1", "F", "Dead blocks."),
     Metric("quant/<class>/scale_min", "smallest scale", "1", "X", "Extremes of the scales."),
     Metric("quant/<class>/scale_max", "largest scale", "1", "X", "Extremes of the scales."),
-    # -- time, speed, memory ----------------------------------------------------------------------------------------------
+    # -- time, speed, memory ------------------------------------------------------------------------------------------
     Metric("time/step", "wall time since the line before", "s", "-", "The parts and `unaccounted` sum to it.", True),
     Metric("time/rollout", "waiting for samples", "s", "-", "Generation that nothing else hides.", True),
     Metric("time/reward", "scoring", "s", "-", "Reward functions.", True),
@@ -190,7 +194,9 @@ METRICS: tuple[Metric, ...] = (
         "How fast the straggler went.",
         True,
     ),
-    Metric("memory/host_rss_bytes", "resident set of the run's processes", "bytes", "-", "Pages shared count twice.", True),
+    Metric(
+        "memory/host_rss_bytes", "resident set of the run's processes", "bytes", "-", "Pages shared count twice.", True
+    ),
     Metric("memory/<role>/<phase>/allocated_peak_bytes", "peak allocated", "bytes", "X", "Accelerator memory.", True),
     Metric("memory/<role>/<phase>/reserved_peak_bytes", "peak reserved", "bytes", "X", "Accelerator memory.", True),
 )
@@ -212,4 +218,6 @@ def is_volatile(key: str) -> bool:
 
 @functools.cache
 def _pattern(key: str) -> re.Pattern[str]:
-    return re.compile("".join("[^/]+" if part.startswith("<") else re.escape(part) for part in re.split("(<[^>]+>)", key)))
+    return re.compile(
+        "".join("[^/]+" if part.startswith("<") else re.escape(part) for part in re.split("(<[^>]+>)", key))
+    )

@@ -17,12 +17,12 @@ CLAMP = 20.0  # nat: corrections clamp log-ratios to this before exp
 
 
 def learn_metrics(
-    report: LearnReport, clip_low: float, clip_high: float, clipped_low: np.ndarray, clipped_high: np.ndarray
+    report: LearnReport, clip: tuple[float, float] | None, clipped_low: np.ndarray, clipped_high: np.ndarray
 ) -> Metrics:
     """All keys but mismatch/* that a LearnReport gives; its own `scalars` are among them.
 
-    `clip_low` and `clip_high` are the algorithm's eps; the masks [N, T] say whose weight a bound of the correction raised
-    and cut. Raises RunError when a response token has no finite log-prob, or none is left after the correction.
+    `clip` is the algorithm's (eps_low, eps_high), None when it does not clip; the masks [N, T] say whose weight a bound
+    of the correction raised and cut. Raises RunError when a response token has no finite log-prob, or none is kept.
     """
     batch = report.batch
     mask = batch.mask_NT.astype(bool)
@@ -30,7 +30,7 @@ def learn_metrics(
         check_finite(getattr(report, name), batch.logprobs_rollout_NT, mask)
     found: Metrics = _staleness(report, mask) | _correction(report, mask, clipped_low, clipped_high)
     kept = mask & (report.weights > 0)
-    found |= _update(report, kept, clip_low, clip_high)
+    found |= _update(report, kept, clip)
     x = _gap(report.lp_C, batch.logprobs_rollout_NT, mask)
     found |= {"offpolicy/kl_k3": k3(x).mean(), "offpolicy/ratio_mean": np.exp(x).mean()}
     found |= {
@@ -51,7 +51,7 @@ def _gap(a: np.ndarray, b: np.ndarray, mask: np.ndarray) -> np.ndarray:
 def _staleness(report: LearnReport, mask: np.ndarray) -> Metrics:
     batch = report.batch
     versions = batch.versions_N[:, None] if batch.versions_N.ndim == 1 else batch.versions_N  # one a sample, or a token
-    gaps_NT = np.broadcast_to(report.version - versions, mask.shape)
+    gaps_NT: np.ndarray = np.broadcast_to(report.version - versions, mask.shape)
     gaps = gaps_NT[mask]
     rows = mask.any(axis=1)
     lowest = np.where(mask, gaps_NT, np.iinfo(np.int64).max).min(axis=1)
@@ -61,7 +61,7 @@ def _staleness(report: LearnReport, mask: np.ndarray) -> Metrics:
     found: Metrics = {
         "staleness/version_gap_mean": gaps.mean(),
         "staleness/version_gap_max": gaps.max(),
-        "staleness/mixed_version_frac": (lowest != highest)[rows].mean(),
+        "staleness/mixed_version_frac": np.mean(lowest[rows] != highest[rows]),
         "staleness/kl_k3": k3(v).mean(),
         "staleness/logprob_abs_diff_mean": np.abs(v).mean(),
     }
@@ -86,9 +86,7 @@ def _correction(report: LearnReport, mask: np.ndarray, low: np.ndarray, high: np
         "correction/clip_frac_high": high.mean(),
         "correction/masked_token_frac": (weights == 0).mean(),
         "correction/masked_seq_frac": removed_rows[rows].mean(),
-        "correction/logratio_clamped_frac": (
-            np.abs(_gap(report.lp_P, batch.logprobs_rollout_NT, mask)) > CLAMP
-        ).mean(),
+        "correction/logratio_clamped_frac": (np.abs(_gap(report.lp_P, batch.logprobs_rollout_NT, mask)) > CLAMP).mean(),
     }
     if weights.any():
         found["correction/ess"] = weights.mean() ** 2 / (weights**2).mean()
@@ -100,20 +98,22 @@ def _correction(report: LearnReport, mask: np.ndarray, low: np.ndarray, high: np
     return found
 
 
-def _update(report: LearnReport, kept: np.ndarray, clip_low: float, clip_high: float) -> Metrics:
+def _update(report: LearnReport, kept: np.ndarray, clip: tuple[float, float] | None) -> Metrics:
     if not kept.any():
         raise RunError("correction: it removed every token of the batch (correction/masked_token_frac = 1)")
     u = _gap(report.lp_C, report.lp_P, kept)
     ratio = np.exp(u)
-    advantage = np.broadcast_to(report.batch.advantages_N[:, None], kept.shape)[kept]
-    high, low = ratio > 1 + clip_high, ratio < 1 - clip_low
-    up, down = advantage > 0, advantage < 0
     found: Metrics = {
         "update/kl_k3": k3(u).mean(),
         "update/ratio_mean": ratio.mean(),
         "update/ratio_max": ratio.max(),
-        "update/clip_frac": ((high & up) | (low & down)).mean(),
     }
+    if clip is None:
+        return found
+    high, low = ratio > 1 + clip[1], ratio < 1 - clip[0]
+    advantage = np.broadcast_to(report.batch.advantages_N[:, None], kept.shape)[kept]
+    up, down = advantage > 0, advantage < 0
+    found["update/clip_frac"] = ((high & up) | (low & down)).mean()
     for sign, side in (("pos", up), ("neg", down)):
         if side.any():
             found[f"update/clip_frac_high_{sign}"] = high[side].mean()

@@ -96,15 +96,15 @@ def mismatch_metrics(lp_T: np.ndarray, lp_R: np.ndarray, mask: np.ndarray, entro
 
 
 def check_finite(lp_T: np.ndarray, lp_R: np.ndarray, mask: np.ndarray) -> None:
-    """Raise RunError, with count and first place, unless every masked token is finite on both sides and there is one."""
+    """Raise RunError, with count and first place, unless there are masked tokens and all are finite on both sides."""
     if not mask.any():
         raise RunError("mismatch: the batch has no response token (mismatch/valid_tokens = 0)")
     broken = mask & ~(np.isfinite(lp_T) & np.isfinite(lp_R))
     if broken.any():
         row, column = (int(i) for i in np.argwhere(broken)[0])
         raise RunError(
-            f"mismatch/nonfinite_count = {int(broken.sum())} of {int(mask.sum())} tokens have no finite log-prob; the first "
-            f"is sample {row}, position {column}: trainer {lp_T[row, column]}, rollout {lp_R[row, column]}"
+            f"mismatch/nonfinite_count = {int(broken.sum())} of {int(mask.sum())} tokens have no finite log-prob; the "
+            f"first is sample {row}, position {column}: trainer {lp_T[row, column]}, rollout {lp_R[row, column]}"
         )
 
 
@@ -136,7 +136,9 @@ def plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _by(where: str, names: tuple[str, ...], bins: np.ndarray, size: np.ndarray, kl: np.ndarray) -> Iterator[tuple[str, Any]]:
+def _by(
+    where: str, names: tuple[str, ...], bins: np.ndarray, size: np.ndarray, kl: np.ndarray
+) -> Iterator[tuple[str, Any]]:
     """(key, value) of each bin that holds a token; the share of the gap only where there is a gap."""
     everything = kl.sum()
     for index, name in enumerate(names):
@@ -158,6 +160,8 @@ def _quantiles(values: np.ndarray, at: tuple[float, ...]) -> tuple[list[float], 
     if len(values) <= EXACT_TOKENS:
         return [float(q) for q in np.quantile(values, at)], True
     edges = np.concatenate([[0.0], HISTOGRAM, [max(values.max(), HISTOGRAM[-1])]])
-    counts = np.bincount(np.searchsorted(edges, values, side="left"), minlength=len(edges))  # bin i: (edge[i-1], edge[i]]
+    counts = np.bincount(
+        np.searchsorted(edges, values, side="left"), minlength=len(edges)
+    )  # bin i: (edge[i-1], edge[i]]
     below = np.cumsum(counts)
     return [float(edges[np.searchsorted(below, q * len(values), side="left")]) for q in at], False

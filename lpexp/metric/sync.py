@@ -11,7 +11,7 @@ PARTS = ("quantize", "transfer", "load")
 def sync_metrics(report: SyncReport, previous: int | None = None) -> Metrics:
     """What a SyncReport says. `previous`: the version served before, None when this is the first sync.
 
-    Raises RunError when an engine holds other bytes than were sent, when none reported, or when versions do not grow by 1.
+    Raises RunError when an engine holds other bytes than were sent, when none reported, or a version is not the next.
     """
     if not report.checksums_held:
         raise RunError(f"sync/checksum_ok: no engine reported what it holds of version {report.version}")
@@ -32,5 +32,6 @@ def sync_metrics(report: SyncReport, previous: int | None = None) -> Metrics:
     }
     found |= {f"sync/{part}_seconds": report.seconds[part] for part in PARTS if part in report.seconds}
     for kind, values in report.quant.items():
-        found |= {f"quant/{kind}/{name}": value for name, value in values.items()}
+        lossless = values.get("rel_error") == 0  # sqnr_db would be infinite
+        found |= {f"quant/{kind}/{name}": v for name, v in values.items() if not (lossless and name == "sqnr_db")}
     return found
