@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
@@ -15,7 +16,7 @@ from lpexp.cluster import Cluster
 from lpexp.config import Spec, rule
 from lpexp.correction import Correction
 from lpexp.errors import Mistake
-from lpexp.model import Model
+from lpexp.model import Model, divisors
 from lpexp.precision import Precision
 from lpexp.rollout import RolloutSpec
 from lpexp.task import Task
@@ -95,6 +96,77 @@ class Experiment(Spec):
     @property
     def uses_reference(self) -> bool:
         return self.algorithm.kl_coef > 0
+
+    @rule
+    def _precisions_fit(self) -> Iterator[Mistake]:
+        """Each precision on this model: groups divide, scopes cover something, and the trainer's can train."""
+        if not self.precision.trains:
+            yield Mistake("precision", f"{self.precision.name} only serves and exports; train another and serve it: rollout.precision={self.precision.name}")
+        model = self.model.sized()
+        params = list(model.params())
+        judged = [("precision", self.precision), ("rollout.precision", self.rollout.precision)]
+        judged += [("reference.precision", self.reference.precision)] if self.uses_reference else []
+        for key, precision in judged:
+            if precision is not None:
+                for mistake in precision.judge(params, model.moe is not None):
+                    yield Mistake(f"{key}.{mistake.key}" if mistake.key else key, mistake.message)
+
+    @rule
+    def _lengths_fit(self) -> Iterator[Mistake]:
+        model, longest = self.model.sized(), self.task.max_prompt + self.task.max_response
+        if longest > model.max_position_embeddings:
+            room = model.max_position_embeddings - self.task.max_prompt
+            way = f"use task.max_response={room}" if room > 0 else f"use task.max_prompt below {model.max_position_embeddings}"
+            yield Mistake(
+                "task.max_response",
+                f"task.max_prompt {self.task.max_prompt} + {self.task.max_response} is more than the model's {model.max_position_embeddings} positions; {way}",
+            )
+
+    @rule
+    def _every_token_can_be_drawn(self) -> Iterator[Mistake]:
+        why = "cuts the distribution that is sampled, which looks exactly like a precision gap; training needs"
+        if self.rollout.top_p < 1:
+            yield Mistake("rollout.top_p", f"{self.rollout.top_p} {why} rollout.top_p=1 (eval.top_p is free)")
+        if self.rollout.top_k > 0:
+            yield Mistake("rollout.top_k", f"{self.rollout.top_k} {why} rollout.top_k=0 (eval.top_k is free)")
+
+    @rule
+    def _updates_share_prompts(self) -> Iterator[Mistake]:
+        prompts, updates = self.task.prompts_per_step, self.algorithm.updates_per_batch
+        if prompts % updates:
+            yield Mistake(
+                "algorithm.updates_per_batch",
+                f"{updates} optimiser steps cannot share task.prompts_per_step {prompts} equally; use one of {divisors(prompts)}",
+            )
+
+    @rule
+    def _vocabulary_fits(self) -> Iterator[Mistake]:
+        from lpexp.model.tokenizer import CharTokenizer
+
+        model = self.model.sized()
+        needed = CharTokenizer().vocab_size
+        if model.path is None and model.vocab_size < needed:
+            yield Mistake("model.vocab_size", f"{model.vocab_size} is less than the {needed} symbols of the character tokenizer; use {needed}")
+
+    @rule
+    def _model_path_is_a_model(self) -> Iterator[Mistake]:
+        path = self.model.sized().path
+        if path is None:
+            return
+        needs = ("config.json", "tokenizer.json")
+        if not Path(path).is_dir():
+            yield Mistake("model.path", f"{path} is not a directory; name one with {', '.join(needs)} and *.safetensors, or model.path=null for a random start")
+            return
+        lacking = [name for name in needs if not os.access(Path(path) / name, os.R_OK)]
+        if not any(Path(path).glob("*.safetensors")):
+            lacking.append("*.safetensors")
+        if lacking:
+            yield Mistake("model.path", f"{path} has no readable {', '.join(lacking)}; name a Hugging Face model directory, or model.path=null for a random start")
+
+    @rule
+    def _backends_agree(self) -> Iterator[Mistake]:
+        yield from self.trainer.judge(self)
+        yield from self.rollout.judge(self)
 
     def hash(self) -> str:
         """16 hex digits of everything that decides the numbers; where a run writes and how it resumes is left out."""

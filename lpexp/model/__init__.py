@@ -102,7 +102,7 @@ class Model(Spec):
             yield Mistake(
                 "num_key_value_heads",
                 f"{self.num_key_value_heads} does not divide num_attention_heads {self.num_attention_heads}; "
-                f"use one of {_divisors(self.num_attention_heads)}",
+                f"use one of {divisors(self.num_attention_heads)}",
             )
         if self.moe and self.moe.top_k > self.moe.num_experts:
             yield Mistake("moe.top_k", f"{self.moe.top_k} of {self.moe.num_experts} experts; use at most {self.moe.num_experts}")
@@ -189,7 +189,7 @@ def _mlp(at: str, hidden: int, width: int, kind: str) -> Iterator[Param]:
     yield Param(f"{at}.down_proj.weight", (hidden, width), f"{kind}_down")
 
 
-def _divisors(n: int) -> str:
+def divisors(n: int) -> str:
     return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
 
 

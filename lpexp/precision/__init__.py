@@ -102,6 +102,10 @@ class Precision(Spec):
     def plain(self) -> Precision:
         """The unquantised precision of everything that `covers` leaves out."""
 
+    def served_bytes(self, shape: tuple[int, ...]) -> int | None:
+        """Bytes of what `quantize` makes of a tensor of this shape, for plans; None: not said."""
+        return None
+
     # -- the neighbours --------------------------------------------------------------------------------------------
     def hf(self, params: Iterable[Param], moe: bool) -> dict[str, Any] | None:
         """`quantization_config` for config.json; None when nothing is quantised."""
@@ -130,6 +134,15 @@ class Precision(Spec):
         from lpexp.precision import numeric
 
         return numeric.error(weight, self.dequantize(parts))
+
+
+def side(param: Param, precision: Precision, moe: bool) -> Precision:
+    """The precision that this tensor is served in: the router's selection bias keeps float32, as its authors ship it."""
+    if param.kind == "router_bias":
+        from lpexp.precision.fp32 import Fp32
+
+        return Fp32(name="fp32")
+    return precision if precision.covers(param, moe) else precision.plain
 
 
 def digest(contract: dict[str, str]) -> str:

@@ -6,6 +6,7 @@ Left out: unrounded outputs, which head and router ask for with `accumulate`.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from lpexp.data import Param
@@ -58,6 +59,9 @@ class Bf16(Precision):
 
         w = numeric.bf16(weight.detach()) if operand is None else operand
         return numeric.accumulate(self.round(x), weight, w, numeric.bf16)
+
+    def served_bytes(self, shape: tuple[int, ...]) -> int:
+        return 2 * math.prod(shape)
 
     @property
     def plain(self) -> Precision:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from lpexp.data import Param
@@ -45,6 +46,9 @@ class Fp32(Precision):
 
     def accumulate(self, x: Tensor, weight: Tensor, operand: Tensor | None = None) -> Tensor:
         return self.linear(x, weight, operand)
+
+    def served_bytes(self, shape: tuple[int, ...]) -> int:
+        return 4 * math.prod(shape)
 
     @property
     def plain(self) -> Precision:

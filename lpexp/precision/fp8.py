@@ -80,6 +80,10 @@ class Fp8(Precision):
 
         return _forward(numeric.bf16(x), operand, self._pow2)
 
+    def served_bytes(self, shape: tuple[int, ...]) -> int:
+        rows, cols = shape
+        return rows * cols + 4 * -(-rows // 128) * -(-cols // 128)
+
     @property
     def plain(self) -> Precision:
         return PLAIN
@@ -127,7 +131,7 @@ def _forward(x: Tensor, operand: Operand, pow2: bool) -> Tensor:
     from lpexp.precision import numeric
 
     x2 = x.reshape(-1, x.shape[-1])
-    q_x, s_x = numeric.quantize_rows(numeric.pad_rows(x2, numeric.PAD_ROWS), numeric.FLOOR, pow2)
+    q_x, s_x = numeric.quantize_rows(numeric.pad_to(x2, numeric.PAD_ROWS, 1), numeric.FLOOR, pow2)
     y = numeric.bf16(numeric.block_matmul(q_x, s_x, operand.codes, operand.scale_BN)[: x2.shape[0]])
     return y.reshape(*x.shape[:-1], y.shape[1])
 

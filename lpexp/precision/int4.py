@@ -119,6 +119,10 @@ class Int4Qat(Precision):
     def serve(self, x: Tensor, operand: Tensor) -> Tensor:
         return PLAIN.serve(x, operand)
 
+    def served_bytes(self, shape: tuple[int, ...]) -> int:
+        rows, cols = shape
+        return rows * cols // 2 + 2 * rows * (cols // self.group_size) + 16  # codes, scales, the int64 shape
+
     @property
     def plain(self) -> Precision:
         return PLAIN

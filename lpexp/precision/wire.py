@@ -13,17 +13,9 @@ import torch
 from torch import Tensor
 
 from lpexp.data import Param
-from lpexp.precision import Parts, Precision
-from lpexp.precision.fp32 import Fp32
+from lpexp.precision import Parts, Precision, side
 
 Frozen = tuple[str, tuple[int, ...], np.ndarray]  # dtype name, shape, bytes
-
-
-def side(param: Param, precision: Precision, moe: bool) -> Precision:
-    """The precision that this tensor is served in: the router's selection bias keeps float32, as its authors ship it."""
-    if param.kind == "router_bias":
-        return Fp32(name="fp32")
-    return precision if precision.covers(param, moe) else precision.plain
 
 
 def ship(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from pydantic import Field
 
 from lpexp.config import Spec
 from lpexp.data import Group, Prompt
+from lpexp.errors import Mistake
 from lpexp.precision import Precision
 
 if TYPE_CHECKING:
@@ -56,6 +57,10 @@ class RolloutSpec(Spec):
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)
+
+    def judge(self, exp: Experiment) -> Iterable[Mistake]:
+        """Mistakes between this part and the rest of the experiment; keys from the root."""
+        return ()
 
     def build(self, exp: Experiment, workers: Workers) -> Rollout:
         raise NotImplementedError

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from lpexp.config import Spec
 from lpexp.data import Batch, LearnReport, SyncReport
+from lpexp.errors import Mistake
 
 if TYPE_CHECKING:
     from lpexp.cluster import Workers
@@ -42,6 +44,11 @@ class TrainerSpec(Spec):
     """Config of a trainer; `build` imports its backend."""
 
     ABSTRACT: ClassVar[bool] = True
+    reads_layout: ClassVar[bool] = False  # its sizes are the model's `parallel`, which conf/layout/ fills in
+
+    def judge(self, exp: Experiment) -> Iterable[Mistake]:
+        """Mistakes between this part and the rest of the experiment; keys from the root."""
+        return ()
 
     def build(self, exp: Experiment, workers: Workers) -> Trainer:
         raise NotImplementedError

@@ -23,7 +23,7 @@ from lpexp.errors import Mistake, RunError
 from lpexp.trainer import TrainerSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from torch import Tensor
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lpexp.precision import Precision
     from lpexp.rollout import Rollout
 
+MOST_PARAMS_CPU, MOST_PARAMS_GPU = 1_000_000_000, 8_000_000_000  # 16 bytes each: what a laptop, and one large GPU, hold
 WEIGHTS, PREVIOUS, REFERENCE = "weights.safetensors", "previous.safetensors", "reference.safetensors"
 MASTER, OPTIMIZER, TRAINER = "master.safetensors", "optimizer.safetensors", "trainer.json"
 
@@ -62,6 +63,23 @@ class EmbeddedTrainerSpec(TrainerSpec):
             yield Mistake(
                 "ranks",
                 f"{self.ranks} ranks for micro_batches {self.micro_batches}: some would idle; use at most {self.micro_batches} or raise trainer.micro_batches",
+            )
+
+    def judge(self, exp: Experiment) -> Iterable[Mistake]:
+        batch = exp.task.prompts_per_step * exp.algorithm.samples_per_prompt // exp.algorithm.updates_per_batch
+        if batch % self.micro_batches:
+            yield Mistake(
+                "trainer.micro_batches",
+                f"{self.micro_batches} does not divide the {batch} samples of an optimiser batch (prompts x samples / updates); "
+                f"use {batch & -batch} or a smaller power of two",
+            )
+        params, gpus = exp.model.sized().num_params(), exp.cluster.gpus_per_node
+        most = MOST_PARAMS_GPU if gpus else MOST_PARAMS_CPU
+        if params > most:
+            yield Mistake(
+                "trainer",
+                f"embedded: every rank holds all of {exp.model.name}'s {params / 1e9:.3g}e9 parameters, and their optimiser state; "
+                f"at most {most / 1e9:.3g}e9 are sensible here; type scale=laptop for its small twin",
             )
 
     def build(self, exp: Experiment, workers: Workers) -> EmbeddedTrainer:
