@@ -137,7 +137,7 @@ class Precision(Spec):
 
 
 def side(param: Param, precision: Precision, moe: bool) -> Precision:
-    """The precision that this tensor is served in: the router's selection bias keeps float32, as its authors ship it."""
+    """The precision that this tensor is served in; a router's selection bias keeps float32, as its authors ship it."""
     if param.kind == "router_bias":
         from lpexp.precision.fp32 import Fp32
 
@@ -170,7 +170,7 @@ def _formats() -> list[type[Precision]]:
     """Every class beside this file that reads a served checkpoint."""
     found = []
     for module in pkgutil.iter_modules(__path__):
-        if module.name != "numeric":
+        if module.name not in ("numeric", "wire"):  # no formats, and they import torch
             members = vars(importlib.import_module(f"{__name__}.{module.name}")).values()
             found += [m for m in members if isinstance(m, type) and issubclass(m, Precision) and m.reads]
     return sorted(set(found), key=lambda kind: kind.reads)

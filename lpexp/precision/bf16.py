@@ -46,7 +46,7 @@ class Bf16(Precision):
         from lpexp.precision import numeric
 
         w = numeric.bf16(weight.detach()) if operand is None else operand
-        return numeric.linear(self.round(x), weight, w, numeric.bf16, numeric.matmul_bf16)
+        return numeric.linear(x, weight, w, numeric.bf16, numeric.matmul_bf16)
 
     def serve(self, x: Tensor, operand: Tensor) -> Tensor:
         import torch
@@ -58,7 +58,7 @@ class Bf16(Precision):
         from lpexp.precision import numeric
 
         w = numeric.bf16(weight.detach()) if operand is None else operand
-        return numeric.accumulate(self.round(x), weight, w, numeric.bf16)
+        return numeric.accumulate(x, weight, w, numeric.bf16)
 
     def served_bytes(self, shape: tuple[int, ...]) -> int:
         return 2 * math.prod(shape)

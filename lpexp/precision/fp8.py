@@ -73,7 +73,7 @@ class Fp8(Precision):
 
     def linear(self, x: Tensor, weight: Tensor, operand: Operand | None = None) -> Tensor:
         made = self.operand(self.quantize(weight)) if operand is None else operand
-        return _product().apply(self.round(x), weight, made, self)
+        return _product().apply(x, weight, made, self)
 
     def serve(self, x: Tensor, operand: Operand) -> Tensor:
         from lpexp.precision import numeric
@@ -147,6 +147,7 @@ def _product() -> Any:
     class Product(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor, weight: Tensor, operand: Operand, spec: Fp8) -> Tensor:
+            x = numeric.bf16(x)
             ctx.save_for_backward(x, weight, *operand)
             ctx.spec = spec
             return _forward(x, operand, spec._pow2)
@@ -173,8 +174,8 @@ def _product() -> Any:
                     w = numeric.bf16(codes * numeric.spread(scale_BN.t(), shape[-1]))
                 else:
                     w = numeric.bf16(weight)
-                dx = numeric.matmul(dy, w.t()) if ctx.needs_input_grad[0] else None  # [M, N] @ [N, K]
-                dw = numeric.matmul(dy.t(), x.t()) if ctx.needs_input_grad[1] else None  # [N, M] @ [M, K]
+                dx = numeric.matmul_bf16(dy, w.t()) if ctx.needs_input_grad[0] else None  # [M, N] @ [N, K]
+                dw = numeric.matmul_bf16(dy.t(), x.t()) if ctx.needs_input_grad[1] else None  # [N, M] @ [M, K]
             return None if dx is None else numeric.bf16(dx).reshape(shape), dw, None, None
 
     return Product

@@ -19,6 +19,7 @@ from lpexp.errors import NonFiniteWeightError, RunError
 
 PAD_ROWS = 16  # a product of a multiple of 16 rows has the same bits in every row, however many rows there are
 BLOCK = 128
+CHUNK = 1 << 18  # values that are quantised at a time on a CPU: they and their temporaries stay in its cache
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 FLOOR = 1e-10  # least amax of weights and activations
@@ -26,6 +27,7 @@ FLOOR_GRAD = 448.0 * 2.0**-126  # least amax of gradients: its scale 2^-126 stil
 INT4_FLOOR = 1e-5  # least scale of a group
 
 Round = Callable[[Tensor], Tensor]
+Product = Callable[[Tensor, Tensor], Tensor]
 
 
 # -- rounding and products -----------------------------------------------------------------------------------------
@@ -54,10 +56,10 @@ def exact(x: Tensor) -> Tensor:
     return x
 
 
-def pad_rows(x: Tensor, multiple: int) -> Tensor:
-    """[M, K] with zero rows below, so that M is a multiple; the tensor itself when it is one."""
-    missing = -x.shape[0] % max(multiple, 1)
-    return pad(x, (0, 0, 0, missing)) if missing else x
+def pad_to(x: Tensor, rows: int, cols: int) -> Tensor:
+    """[M, K] with zeros below and to the right, up to multiples of rows and cols; the tensor itself where it fits."""
+    below, right = -x.shape[0] % rows, -x.shape[1] % cols
+    return pad(x, (0, right, 0, below)) if below or right else x
 
 
 def matmul(x: Tensor, w: Tensor) -> Tensor:
@@ -69,7 +71,7 @@ def matmul(x: Tensor, w: Tensor) -> Tensor:
 
 def matmul_rows(x: Tensor, w: Tensor) -> Tensor:
     """x [M, K] @ w [N, K].T whose row bits do not depend on M: rows are padded with zeros to PAD_ROWS and cropped."""
-    return matmul(pad_rows(x, PAD_ROWS), w)[: x.shape[0]]
+    return matmul(pad_to(x, PAD_ROWS, 1), w)[: x.shape[0]]
 
 
 def matmul_bf16(x: Tensor, w: Tensor) -> Tensor:
@@ -80,13 +82,18 @@ def matmul_bf16(x: Tensor, w: Tensor) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """Y = round(X W^T), dX = round(dY W), dW = dY^T X in float32; `w` holds the values, `weight` takes the gradient."""
+    """Y = round(X W^T), dX = round(dY W), dW = dY^T X in float32; `w` holds the values, `weight` takes the gradient.
+
+    X and dY are rounded on entry too, which changes nothing where the caller carries rounded values.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, w: Tensor, round: Round, product: Any, unrounded: bool) -> Tensor:
-        x2 = x.reshape(-1, x.shape[-1])
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, w: Tensor, round: Round, product: Product, unrounded: bool
+    ) -> Tensor:
+        x2 = round(x.reshape(-1, x.shape[-1]))
         ctx.save_for_backward(x2, w)
-        ctx.shape, ctx.round, ctx.unrounded = x.shape, round, unrounded
+        ctx.shape, ctx.round, ctx.product, ctx.unrounded = x.shape, round, product, unrounded
         y = product(x2, w)
         return (y if unrounded else round(y)).reshape(*x.shape[:-1], w.shape[0])
 
@@ -95,12 +102,15 @@ class _Linear(torch.autograd.Function):
         x2, w = ctx.saved_tensors
         dy = grad.reshape(-1, w.shape[0])
         dy = dy if ctx.unrounded else ctx.round(dy)
-        dx = ctx.round(matmul(dy, w.t())).reshape(ctx.shape) if ctx.needs_input_grad[0] else None  # [M, N] @ [N, K]
-        dw = matmul(dy.t(), x2.t()) if ctx.needs_input_grad[1] else None  # [N, M] @ [M, K]
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            dx = ctx.round(ctx.product(dy, w.t())).reshape(ctx.shape)  # [M, N] @ [N, K]
+        if ctx.needs_input_grad[1]:
+            dw = ctx.product(dy.t(), x2.t())  # [N, M] @ [M, K]
         return dx, dw, None, None, None, None
 
 
-def linear(x: Tensor, weight: Tensor, w: Tensor, round: Round, product: Any = matmul_rows) -> Tensor:
+def linear(x: Tensor, weight: Tensor, w: Tensor, round: Round, product: Product = matmul_rows) -> Tensor:
     """x [..., K] times the values w [N, K]; output and input gradient rounded, the gradient of w goes to `weight`."""
     return _Linear.apply(x, weight, w, round, product, False)  # type: ignore[return-value]
 
@@ -147,31 +157,48 @@ def from_e4m3(codes: Tensor) -> Tensor:
     return table.index_select(0, codes.view(torch.uint8).flatten().to(torch.int32)).view(codes.shape)
 
 
+def round_e4m3_(x: Tensor) -> Tensor:
+    """RN8 of values within +-448, in place, in float32: adding 1.5 * 2^20 times the value's power of two drops all but
+    the bits that e4m3 keeps (below 2^-6 it keeps multiples of 2^-9). Equal to torch's cast but for the sign of a zero,
+    and four times as fast on a CPU.
+    """
+    magic = (x.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(min=2.0**-6).mul_(1.5 * 2**20)
+    return x.add_(magic).sub_(magic)
+
+
 def quantize_e4m3(x: Tensor, dim: int, floor: float, pow2: bool) -> tuple[Tensor, Tensor]:
     """Codes (float32 carriers) and scales [..., 1, ...] of blocks that run along `dim`.
 
     A block with a NaN or an infinity is poisoned: all its codes are NaN, its scale is 1, so that the loss shows it.
     """
+    codes = torch.empty_like(x)
+    step = max(CHUNK // max(x[0].numel(), 1), 1) if len(x) and not x.is_cuda else max(len(x), 1)
+    scales = [_quantize_into(c, p, dim, floor, pow2) for c, p in zip(codes.split(step), x.split(step), strict=True)]
+    return codes, torch.cat(scales)
+
+
+def _quantize_into(codes: Tensor, x: Tensor, dim: int, floor: float, pow2: bool) -> Tensor:
     amax = x.abs().amax(dim, keepdim=True)
     scale = scale_e4m3(amax, floor, pow2)
-    codes = from_e4m3(to_e4m3(x / scale))
+    round_e4m3_(torch.div(x, scale, out=codes).clamp_(-E4M3_MAX, E4M3_MAX))
     poisoned = ~torch.isfinite(amax)
     if x.is_cuda or bool(poisoned.any()):  # on a GPU looking would cost a synchronisation
-        codes, scale = codes.masked_fill(poisoned, float("nan")), scale.masked_fill(poisoned, 1.0)
-    return codes, scale
+        codes.masked_fill_(poisoned, float("nan"))
+        scale.masked_fill_(poisoned, 1.0)
+    return scale
 
 
 def quantize_rows(x: Tensor, floor: float, pow2: bool) -> tuple[Tensor, Tensor]:
     """[M, K] in blocks of 1 x 128 along K -> codes [M, K], scales [M, ceil(K / 128)]."""
     rows, cols = x.shape
-    padded = pad(x, (0, -cols % BLOCK))
+    padded = pad_to(x, 1, BLOCK)
     codes, scale = quantize_e4m3(padded.view(rows, -1, BLOCK), 2, floor, pow2)
-    return codes.view(rows, -1)[:, :cols], scale.squeeze(2)
+    return codes.view(padded.shape)[:, :cols], scale.squeeze(2)
 
 
 def quantize_columns(x: Tensor, floor: float, pow2: bool) -> tuple[Tensor, Tensor]:
     """[M, K] in blocks of 128 x 1 along M -> codes [B, 128, K] with zero rows at the end, scales [B, K]."""
-    padded = pad_rows(x, BLOCK)
+    padded = pad_to(x, BLOCK, 1)
     codes, scale = quantize_e4m3(padded.view(-1, BLOCK, x.shape[1]), 1, floor, pow2)
     return codes, scale.squeeze(1)
 
@@ -179,7 +206,7 @@ def quantize_columns(x: Tensor, floor: float, pow2: bool) -> tuple[Tensor, Tenso
 def quantize_tiles(w: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:
     """A finite weight [N, K] in tiles of 128 x 128 -> e4m3 codes [N, K], scales [ceil(N / 128), ceil(K / 128)]."""
     rows, cols = w.shape
-    padded = pad(w, (0, -cols % BLOCK, 0, -rows % BLOCK))
+    padded = pad_to(w, BLOCK, BLOCK)
     tiles = padded.view(padded.shape[0] // BLOCK, BLOCK, -1, BLOCK)
     scale = scale_e4m3(tiles.abs().amax((1, 3)), FLOOR, pow2)
     codes = to_e4m3(tiles / scale[:, None, :, None]).view(padded.shape)[:rows, :cols].contiguous()
@@ -261,7 +288,7 @@ def code_stats(
 ) -> dict[str, float]:
     """Share of codes at an end of the range, share of blocks whose weights are all zero, extremes of the scales."""
     rows, cols = block
-    padded = pad(weight.detach(), (0, -weight.shape[1] % cols, 0, -weight.shape[0] % rows))
+    padded = pad_to(weight.detach(), rows, cols)
     nonzero = (padded != 0).view(padded.shape[0] // rows, rows, -1, cols).any(3).any(1)
     return {
         "saturated_frac": float(((codes <= low) | (codes >= high)).double().mean()),
