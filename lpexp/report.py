@@ -23,8 +23,8 @@ def summarise(run_dir: Path) -> dict[str, Any]:
     ConfigError when the directory holds no step. Ends of curves are means of up to 5 steps.
     """
     lines = _lines(run_dir)
-    found: dict[str, Any] = {"steps": len(lines), "first_step": lines[0]["step"], "last_step": lines[-1]["step"]}
-    for name, scores in _evaluations(run_dir).items():
+    found: dict[str, Any] = {"steps": sum("reward/mean" in line for line in lines)}
+    for name, scores in _evaluations(lines).items():
         versions = sorted(scores)
         first, last = scores[versions[0]], scores[versions[-1]]
         found[f"eval/{name}"] = {"versions": [versions[0], versions[-1]]} | {
@@ -39,7 +39,7 @@ def summarise(run_dir: Path) -> dict[str, Any]:
     if len(values := _curve(lines, "mismatch/logprob_abs_diff_max")[1]):
         found["mismatch/logprob_abs_diff_max"] = float(values.max())
     for key in ("time/step", "throughput/samples_per_s", "throughput/rollout_tokens_per_s"):
-        if len(values := _curve(lines, key)[1]):
+        if len(values := _curve([line for line in lines if "reward/mean" in line], key)[1]):
             found[key] = float(np.median(values))
     found["seconds"] = float(_curve(lines, "time/step")[1].sum())
     return found
@@ -74,7 +74,8 @@ def draw(run_dir: Path) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    lines, evaluations = _lines(run_dir), _evaluations(run_dir)
+    lines = _lines(run_dir)
+    evaluations = _evaluations(lines)
     figure = Figure(figsize=(8.5, 9.6), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(_title(run_dir), fontsize=11, x=0.02, ha="left")
@@ -168,13 +169,14 @@ def _lines(run_dir: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _evaluations(run_dir: Path) -> dict[str, dict[int, dict[str, float]]]:
-    """{set: {weight version: {score: value}}}; an evaluation repeated after a resume counts once, the later one."""
+def _evaluations(lines: list[dict[str, Any]]) -> dict[str, dict[int, dict[str, float]]]:
+    """{set: {weight version: {score: value}}}; line s evaluates version s."""
     found: dict[str, dict[int, dict[str, float]]] = {}
-    for event in journal.read(run_dir / journal.EVENTS):
-        if event["kind"] == "eval":
-            scores = {key.rpartition("/")[2]: value for key, value in event["metrics"].items()}
-            found.setdefault(event["set"], {})[event["version"]] = scores
+    for line in lines:
+        for key, value in line.items():
+            if key.startswith("eval/"):
+                _, name, score = key.split("/")
+                found.setdefault(name, {}).setdefault(line["step"], {})[score] = value
     return found
 
 

@@ -53,7 +53,7 @@ def _staleness(report: LearnReport, mask: np.ndarray) -> Metrics:
     versions = batch.versions_N[:, None] if batch.versions_N.ndim == 1 else batch.versions_N  # one a sample, or a token
     gaps_NT: np.ndarray = np.broadcast_to(report.version - versions, mask.shape)
     gaps = gaps_NT[mask]
-    rows = mask.any(axis=1)
+    rows: np.ndarray = mask.any(axis=1)
     lowest = np.where(mask, gaps_NT, np.iinfo(np.int64).max).min(axis=1)
     highest = np.where(mask, gaps_NT, np.iinfo(np.int64).min).max(axis=1)
     v = _gap(report.lp_P, report.lp_T, mask)
@@ -85,7 +85,7 @@ def _correction(report: LearnReport, mask: np.ndarray, low: np.ndarray, high: np
         "correction/clip_frac_low": low.mean(),
         "correction/clip_frac_high": high.mean(),
         "correction/masked_token_frac": (weights == 0).mean(),
-        "correction/masked_seq_frac": removed_rows[rows].mean(),
+        "correction/masked_seq_frac": removed_rows.sum() / rows.sum(),
         "correction/logratio_clamped_frac": (np.abs(_gap(report.lp_P, batch.logprobs_rollout_NT, mask)) > CLAMP).mean(),
     }
     if weights.any():
