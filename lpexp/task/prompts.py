@@ -66,9 +66,8 @@ class Prompts(Task):
     def train(self, seed: int, step: int, tokenizer: Tokenizer) -> list[Prompt]:
         kept = _tokenize(self, False, tokenizer)  # pyright: ignore[reportArgumentType]  # frozen: hashes
         if len(kept) < self.prompts_per_step:
-            raise ConfigError(
-                [Mistake("task.prompts_per_step", f"{self.prompts_per_step} is more than all {len(kept)} prompts")]
-            )
+            short = f"all {len(kept)} training prompts of at most max_prompt={self.max_prompt} tokens"
+            raise ConfigError([Mistake("task.prompts_per_step", f"{self.prompts_per_step} is more than {short}")])
         epoch, at = divmod(step, len(kept) // self.prompts_per_step)
         order = _shuffled(len(kept), "prompts", seed, epoch)[at * self.prompts_per_step :][: self.prompts_per_step]
         return [_prompt(step * self.prompts_per_step + index, *kept[row]) for index, row in enumerate(order)]

@@ -1,0 +1,19 @@
+"""Reward functions that the tests of task=prompts name by import path."""
+
+NOT_A_FUNCTION = 3
+
+
+def length(prompt: str, answer: str, label: str) -> float:
+    return float(len(prompt) * 100 + len(answer) * 10 + len(label))
+
+
+def same(prompt: str, answer: str, label: str) -> bool:
+    return answer == label
+
+
+def broken(prompt: str, answer: str, label: str) -> float:
+    raise KeyError(prompt)
+
+
+def nothing(prompt: str, answer: str, label: str) -> None:
+    return None
