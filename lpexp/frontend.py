@@ -22,6 +22,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
 
 from lpexp.config import load, nearest
 from lpexp.errors import ConfigError, Mistake, RunError, Stopped
@@ -49,7 +50,9 @@ def guard(main: Callable[[], Any], argv: Sequence[str]) -> int:
     set_by_us = FULL_ERROR not in os.environ
     try:
         os.environ.setdefault(FULL_ERROR, "1")
-        _register_launcher()
+        from lpexp import launcher
+
+        launcher.register()
         with told():
             flags, typed = tidy(argv)
             sys.argv = [before[0], *flags, *typed]
@@ -112,8 +115,8 @@ def judge(cfg: DictConfig | Mapping[str, Any]) -> Experiment:
     except ConfigError as error:
         known = {mistake.key for mistake in mistakes}
         mistakes += [mistake for mistake in error.mistakes if mistake.key not in known]
-    with contextlib.suppress(ConfigError):  # an invalid precision is told above
-        mistakes += contradictions(load(data.get("precision") or {}, Precision), os.environ)
+    with contextlib.suppress(ValidationError):  # an invalid precision is told above
+        mistakes += contradictions(Precision.model_validate(data.get("precision")), os.environ)
     if exp is not None:
         mistakes += _no_layout(exp)
     if mistakes:
@@ -230,7 +233,7 @@ def contradictions(precision: Precision, shell: Mapping[str, str]) -> Iterator[M
 
 @cache
 def _named_precisions() -> tuple[Precision, ...]:
-    return tuple(load(read_choice("precision", name), Precision) for name in choices("precision"))
+    return tuple(Precision.model_validate(read_choice("precision", name)) for name in choices("precision"))
 
 
 def _settings_for(precision: Precision, variable: str, value: str) -> Iterator[str]:
@@ -240,8 +243,8 @@ def _settings_for(precision: Precision, variable: str, value: str) -> Iterator[s
             yield prefix.strip()
         for field in type(base).model_fields:
             for option in (value, int(value) if value.isdigit() else value, *_words(type(base).model_fields[field].annotation)):
-                with contextlib.suppress(ConfigError):
-                    if load({**base.dump(), field: option}, Precision).environment().get(variable) == value:
+                with contextlib.suppress(ValidationError):
+                    if type(base).model_validate({**base.dump(), field: option}).environment().get(variable) == value:
                         yield f"{prefix}precision.{field}={option}"
 
 
@@ -464,10 +467,3 @@ def _option(flags: Sequence[str], *names: str) -> str | None:
                 return flag.partition("=")[2]
     return None
 
-
-def _register_launcher() -> None:
-    from hydra.core.plugins import Plugins
-
-    from lpexp.launcher import OneProcessAJob
-
-    Plugins.instance().register(OneProcessAJob)

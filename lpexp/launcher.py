@@ -14,13 +14,15 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 
-from lpexp import frontend
+from lpexp import frontend, plan
 from lpexp.errors import ConfigError, Mistake
 
 LAUNCH = frontend.CONF.parent / "launch.py"
@@ -59,7 +61,9 @@ class OneProcessAJob(Launcher):
         wrong: dict[Mistake, list[str]] = {}
         for overrides, axis in zip(jobs, axes, strict=True):
             try:
-                frontend.judge(_without_hydra(self.loader.load_sweep_config(self.config, overrides)))
+                exp = frontend.judge(_without_hydra(self.loader.load_sweep_config(self.config, overrides)))
+                if not exp.dry_run and (lacking := plan.missing(exp)):
+                    raise ConfigError([Mistake("cluster", lacking)])
             except ConfigError as error:
                 for mistake in error.mistakes:
                     wrong.setdefault(mistake, []).append(" ".join(axis) or "as typed")
@@ -84,7 +88,18 @@ class OneProcessAJob(Launcher):
         return [sys.executable, str(LAUNCH), *flags, *kept, *values, f"wandb.tags=[{quoted}]"]
 
 
-OneProcessAJob.__module__ = "hydra_plugins.lpexp"  # Hydra takes launchers of this package only
+def register() -> None:
+    """Make the launcher known to Hydra, which takes plugins of the package `hydra_plugins` only: it gets a name there."""
+    known = Plugins.instance()
+    package = sys.modules.setdefault("hydra_plugins", ModuleType("hydra_plugins"))
+    home = ModuleType(OneProcessAJob.__module__)
+    home.OneProcessAJob = OneProcessAJob  # type: ignore[attr-defined]
+    package.lpexp = home  # type: ignore[attr-defined]
+    sys.modules[home.__name__] = home
+    known.register(OneProcessAJob)
+
+
+OneProcessAJob.__module__ = "hydra_plugins.lpexp"
 
 
 def _run(command: list[str]) -> int:

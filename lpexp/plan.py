@@ -63,15 +63,15 @@ def text(exp: Experiment) -> str:
     return "\n".join(
         [
             f"plan of {exp.name}",
-            _table(head, "  "),
+            table(head, "  "),
             "\nwho sits where",
-            _table([("worker", "count", "what it does"), *workers], "  "),
+            table([("worker", "count", "what it does"), *workers], "  "),
             "\nwhich tensors are quantised how",
-            _table([("module class", "tensors", "elements", "trained as", "served as", "served bytes"), *tensors], "  "),
+            table([("module class", "tensors", "elements", "trained as", "served as", "served bytes"), *tensors], "  "),
             "\nenvironment that each worker gets",
-            _table([(who, " ".join(f"{k}={v}" for k, v in sorted(env.items())) or "nothing beside the shell's") for who, env in environments], "  "),
+            table([(who, " ".join(f"{k}={v}" for k, v in sorted(env.items())) or "nothing beside the shell's") for who, env in environments], "  "),
             "\nmemory, estimated",
-            _table(memory, "  "),
+            table(memory, "  "),
         ]
     )
 
@@ -82,7 +82,7 @@ def kinds(exp: Experiment) -> list[Kind]:
     moe = model.moe is not None
     found: dict[tuple[str, str, str], list[Any]] = {}
     for param in model.params():
-        trained, served = side(exp.precision, param, moe), side(exp.wire, param, moe)
+        trained, served = side(param, exp.precision, moe), side(param, exp.wire, moe)
         row = found.setdefault((param.kind, trained.name, served.name), [0, 0, 0])
         size = served.served_bytes(param.shape)
         row[0] += 1
@@ -149,7 +149,8 @@ def _size(count: int | None) -> str:
     return f"{count} B"
 
 
-def _table(rows: Sequence[Sequence[Any]], indent: str = "") -> str:
+def table(rows: Sequence[Sequence[Any]], indent: str = "") -> str:
+    """Columns as wide as their widest cell, plain text."""
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(row[at]) for row in cells) for at in range(len(cells[0]))]
     return "\n".join(indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells)
