@@ -183,8 +183,8 @@ def _read_config(config: Mapping[str, Any], architecture: str, name: str, path: 
         tie_word_embeddings=config.get("tie_word_embeddings", False),
         max_position_embeddings=config["max_position_embeddings"],
         initializer_range=config.get("initializer_range", 0.02),
-        moe=moe and Moe.model_validate(moe),
-        mla=mla and Mla.model_validate(mla),
+        moe=Moe.model_validate(moe) if moe else None,
+        mla=Mla.model_validate(mla) if mla else None,
         rope_scaling=_yarn(rope),
         path=path,
     )
@@ -329,7 +329,8 @@ def _serve(
         parts = side(param, precision, moe).quantize(tensor, name)
         if not precision.covers(param, moe):
             dtypes.update(str(part.dtype) for part in parts.values())
-        yield {part_name(name, suffix): part.cpu().contiguous() for suffix, part in parts.items()}
+        # Copied: an unquantised part may be the caller's own tensor, which it may overwrite before the shard is full.
+        yield {part_name(name, suffix): part.cpu().contiguous().clone() for suffix, part in parts.items()}
     if waiting:
         raise RunError(f"{len(waiting)} tensors of the model did not come: {_some(waiting)}")
 
