@@ -54,10 +54,6 @@ class Console:
 
     def step(self, line: Metrics) -> None:
         """One readable line: step, reward, accuracy, mismatch mean and max, entropy, speed."""
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=min(line["step"] + 1, self._total))
-        if "reward/mean" not in line:  # the line of the final evaluation, which was printed
-            return
         width = len(str(self._total))
         parts = [f"step {line['step']:>{width}}/{self._total}"]
         for name, key in (("reward", "reward/mean"), ("acc", "reward/correct")):
@@ -72,6 +68,8 @@ class Console:
             parts.append(f"{count(speed)} tok/s")
         parts.append(f"{line['time/step']:.2f} s")
         self.say("  ".join(parts))
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=line["step"] + 1)
 
     def evaluated(self, name: str, version: int, metrics: Metrics, groups: Sequence[Group], show: int) -> None:
         """The scores of an evaluation and `show` of its greedy answers."""

@@ -1,25 +1,25 @@
 """The log of a run: one step's notes become a line of metrics.jsonl, a wandb row and a line on the console.
 
-    log = Log(exp, run_dir, start_step, overrides)
-    log.header(contract)
+    log = Log(exp, run_dir, start_step, overrides, contract)
+    log.sync(report)                                   # the first weights, which belong to no step
     for step in range(start_step, exp.steps):
         with log.step(step) as note:
             with note.time("checkpoint"): ...          # of version `step`: every line before it is on disk by now
-            note.eval("sort_letters", greedy, sampled) # of version `step`, when due
+            note.eval("held_out", greedy, sampled)     # of version `step`, when due
             with note.time("rollout"): ...
             note.rollout(groups)
             with note.time("learn"): ...
             note.learn(report)
             with note.time("sync"): ...
             note.sync(report)
-    with log.step(exp.steps) as note: ...              # the final weights: evaluation only
+            note.eval("held_out", greedy, sampled)     # in the last step: of the final weights
     log.summary()
     log.close()
 
-So line s says how good weight version s was, and what happened on the way to version s + 1; the line after the last step
-has the final evaluation and nothing to train. A step whose body raises leaves no line. The wall time between two lines
-belongs to the later one, so nothing goes missing. On resume from step k the lines of step k and later are cut, so every
-step appears once.
+So line s evaluates weight version s and tells how it became version s + 1; only on the last line the evaluation is of
+the final version, in place of one made before that step. Each evaluation is an event too, with its version. A step whose
+body raises leaves no line. The wall time between two lines belongs to the later one, so nothing goes missing. On resume
+from step k the lines of step k and later are cut, so every step appears once.
 
 The run directory gets config.yaml, overrides.yaml, versions.json, hardware.json, contract.txt, metrics.jsonl,
 events.jsonl, wandb/, and at the end summary.json and report.png. Left out: checkpoints, stored rollouts, the run lock.
@@ -46,7 +46,7 @@ from typing import TYPE_CHECKING, Any
 from lpexp import journal
 from lpexp.console import Console, side
 from lpexp.data import Group, LearnReport, Metrics, SyncReport
-from lpexp.errors import RunError, Stopped
+from lpexp.errors import RunError
 from lpexp.metric import find
 from lpexp.metric.learn import learn_metrics
 from lpexp.metric.mismatch import mismatch_metrics, worst_tokens
@@ -62,29 +62,23 @@ WANDB_ID = "wandb_id.txt"
 
 
 class Log:
-    """Everything that a run writes down, in the driver."""
+    """Everything that a run writes down, in the driver. `contract` is the hash of what both sides must agree on."""
 
-    def __init__(self, exp: Experiment, run_dir: Path, start_step: int, overrides: Sequence[str]):
+    def __init__(self, exp: Experiment, run_dir: Path, start_step: int, overrides: Sequence[str], contract: str):
         run_dir.mkdir(parents=True, exist_ok=True)
-        self.exp, self.run_dir, self.start_step, self.overrides = exp, run_dir, start_step, list(overrides)
-        self.contract: str | None = None  # the hash that trainer and rollout were found to agree on
+        self.exp, self.run_dir, self.overrides, self.contract = exp, run_dir, list(overrides), contract
         self.console = Console(exp.steps, start_step)
         self.version: int | None = None  # what the rollout serves, once a sync was logged
         self._clock = _Clock()
         self._started = False
         _describe(self)
         there = journal.cut(run_dir / journal.METRICS, start_step)
-        self.event("start", step=start_step, pid=os.getpid(), overrides=self.overrides)
+        self.event("start", step=start_step, pid=os.getpid(), overrides=self.overrides, contract=contract)
         if there != list(range(start_step)):
             lacking = sorted(set(range(start_step)) - set(there))
             self.warn("journal", f"{journal.METRICS} lacks the steps {lacking} that ran before step {start_step}")
         self._wandb = _Wandb(exp, run_dir, self.warn)
-
-    def header(self, contract: str) -> None:
-        """Trainer and rollout agree on this contract: write it down and print what runs, in which precision, where."""
-        self.contract = contract
-        journal.write(self.run_dir / "contract.txt", contract + "\n")
-        self.console.header(self.exp, self.run_dir, contract, self.start_step)
+        self.console.header(exp, run_dir, contract, start_step)
 
     @contextlib.contextmanager
     def step(self, step: int) -> Iterator[Note]:
@@ -115,12 +109,14 @@ class Log:
         self.event(kind, message=message)
         self.console.warn(message)
 
-    def stopped(self, stopped: Stopped) -> None:
-        """A signal ended the run: an event, and how to go on."""
-        self.event("stopped", signal=stopped.signal, message=str(stopped))
-        self.console.close()
-        command = ["python", "launch.py", *kept_overrides(self.overrides), "resume=auto", f"output_dir={self.run_dir}"]
-        self.console.say(f"{stopped}; to go on: {shlex.join(command)}")
+    def sync(self, report: SyncReport) -> Metrics:
+        """Judge a weight update and remember its version; returns its metrics. For the one before the first step.
+
+        RunError when an engine holds other bytes than were sent, or the version is not the next one.
+        """
+        found = sync_metrics(report, self.version)
+        self.version = report.version
+        return found
 
     def summary(self) -> dict[str, Any]:
         """Print the summary and the next command, write summary.json and report.png; returns what was written."""
@@ -167,10 +163,13 @@ class Note:
         self._generated, self._samples, self._longest = sum(lengths), len(lengths), max(lengths)
 
     def eval(self, name: str, greedy: Sequence[Group], sampled: Sequence[Group]) -> None:
-        """Scored held-out groups: one greedy answer a prompt, and n sampled ones. `name` is the set's."""
+        """Scored held-out groups: one greedy answer a prompt, and n sampled ones; replaces an earlier one."""
         found = eval_metrics(name, greedy, sampled)
+        version = sampled[0].samples[0].version
+        self._metrics = {key: value for key, value in self._metrics.items() if key not in found}
         self._add(found)
-        self._log.console.evaluated(name, self.step, found, greedy, self._log.exp.eval.show)
+        self._log.event("eval", set=name, step=self.step, version=version, metrics=found)
+        self._log.console.evaluated(name, version, found, greedy, self._log.exp.eval.show)
 
     def learn(self, report: LearnReport) -> None:
         """A trainer step: mismatch/*, staleness/*, offpolicy/*, correction/*, update/*, train/*."""
@@ -189,11 +188,8 @@ class Note:
         self._spent |= report.seconds
 
     def sync(self, report: SyncReport) -> None:
-        """A weight update: sync/* and quant/*. RunError when an engine holds other bytes, or versions skip."""
-        self._add(sync_metrics(report, self._log.version))
-        if self._log.contract is not None:  # compared when the run started; a run whose sides differ has no steps
-            self._add({"sync/contract_ok": 1})
-        self._log.version = report.version
+        """A weight update: sync/* and quant/*."""
+        self._add(self._log.sync(report))
 
     def line(self) -> Metrics:
         """The step's line, complete. RunError when a value is not finite, naming its key."""
@@ -327,6 +323,7 @@ def _describe(log: Log) -> None:
     write(at / "overrides.yaml", yaml.safe_dump(log.overrides))
     write(at / "versions.json", json.dumps(versions(), indent=1) + "\n")
     write(at / "hardware.json", json.dumps(hardware(), indent=1) + "\n")
+    write(at / "contract.txt", log.contract + "\n")
 
 
 def versions() -> dict[str, Any]:
@@ -389,7 +386,7 @@ def _resident_bytes() -> int:
     return total
 
 
-def kept_overrides(overrides: Sequence[str], *dropped: str) -> list[str]:
+def _kept(overrides: Sequence[str], *dropped: str) -> list[str]:
     """The overrides that a next run shares: without where it writes, and without the groups `dropped`."""
     dropped = (*dropped, "output_dir", "resume", "resume_force", "hydra")
     keys = [override.lstrip("+~").partition("=")[0].partition("@")[0] for override in overrides]
@@ -404,7 +401,7 @@ def _next_command(exp: Experiment, overrides: Sequence[str]) -> str | None:
     """The experiment that this one raises: serve another precision, or train in the one that was served."""
     words = sorted(path.stem for path in (Path(__file__).parents[1] / "conf" / "precision").glob("*.yaml"))
     trainer, plain = exp.precision.name, exp.precision.plain.name
-    kept = kept_overrides(overrides, "precision", "rollout.precision")
+    kept = _kept(overrides, "precision", "rollout.precision")
     if exp.wire != exp.precision:  # a mismatch was measured: now without it
         chosen = [f"precision={exp.wire.name}"] if exp.wire.trains and exp.wire.name in words else []
     else:

@@ -23,8 +23,8 @@ def summarise(run_dir: Path) -> dict[str, Any]:
     ConfigError when the directory holds no step. Ends of curves are means of up to 5 steps.
     """
     lines = _lines(run_dir)
-    found: dict[str, Any] = {"steps": sum("reward/mean" in line for line in lines)}
-    for name, scores in _evaluations(lines).items():
+    found: dict[str, Any] = {"steps": len(lines)}
+    for name, scores in _evaluations(run_dir).items():
         versions = sorted(scores)
         first, last = scores[versions[0]], scores[versions[-1]]
         found[f"eval/{name}"] = {"versions": [versions[0], versions[-1]]} | {
@@ -39,7 +39,7 @@ def summarise(run_dir: Path) -> dict[str, Any]:
     if len(values := _curve(lines, "mismatch/logprob_abs_diff_max")[1]):
         found["mismatch/logprob_abs_diff_max"] = float(values.max())
     for key in ("time/step", "throughput/samples_per_s", "throughput/rollout_tokens_per_s"):
-        if len(values := _curve([line for line in lines if "reward/mean" in line], key)[1]):
+        if len(values := _curve(lines, key)[1]):
             found[key] = float(np.median(values))
     found["seconds"] = float(_curve(lines, "time/step")[1].sum())
     return found
@@ -75,7 +75,7 @@ def draw(run_dir: Path) -> Path:
     from matplotlib.figure import Figure
 
     lines = _lines(run_dir)
-    evaluations = _evaluations(lines)
+    evaluations = _evaluations(run_dir)
     figure = Figure(figsize=(8.5, 9.6), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(_title(run_dir), fontsize=11, x=0.02, ha="left")
@@ -169,14 +169,13 @@ def _lines(run_dir: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _evaluations(lines: list[dict[str, Any]]) -> dict[str, dict[int, dict[str, float]]]:
-    """{set: {weight version: {score: value}}}; line s evaluates version s."""
+def _evaluations(run_dir: Path) -> dict[str, dict[int, dict[str, float]]]:
+    """{set: {weight version: {score: value}}}; one that was made again after a resume counts once, the later one."""
     found: dict[str, dict[int, dict[str, float]]] = {}
-    for line in lines:
-        for key, value in line.items():
-            if key.startswith("eval/"):
-                _, name, score = key.split("/")
-                found.setdefault(name, {}).setdefault(line["step"], {})[score] = value
+    for event in journal.read(run_dir / journal.EVENTS):
+        if event["kind"] == "eval":
+            scores = {key.rpartition("/")[2]: value for key, value in event["metrics"].items()}
+            found.setdefault(event["set"], {})[event["version"]] = scores
     return found
 
 

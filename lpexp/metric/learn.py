@@ -53,7 +53,7 @@ def _staleness(report: LearnReport, mask: np.ndarray) -> Metrics:
     versions = batch.versions_N[:, None] if batch.versions_N.ndim == 1 else batch.versions_N  # one a sample, or a token
     gaps_NT: np.ndarray = np.broadcast_to(report.version - versions, mask.shape)
     gaps = gaps_NT[mask]
-    rows: np.ndarray = mask.any(axis=1)
+    rows = mask.any(axis=1)
     lowest = np.where(mask, gaps_NT, np.iinfo(np.int64).max).min(axis=1)
     highest = np.where(mask, gaps_NT, np.iinfo(np.int64).min).max(axis=1)
     v = _gap(report.lp_P, report.lp_T, mask)
@@ -61,7 +61,7 @@ def _staleness(report: LearnReport, mask: np.ndarray) -> Metrics:
     found: Metrics = {
         "staleness/version_gap_mean": gaps.mean(),
         "staleness/version_gap_max": gaps.max(),
-        "staleness/mixed_version_frac": np.mean(lowest[rows] != highest[rows]),
+        "staleness/mixed_version_frac": (rows & (lowest != highest)).sum() / rows.sum(),
         "staleness/kl_k3": k3(v).mean(),
         "staleness/logprob_abs_diff_mean": np.abs(v).mean(),
     }
