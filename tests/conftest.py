@@ -1,0 +1,41 @@
+"""Shared by all tests: one thread, no network, and the gate in front of the GPU tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before anything imports torch or transformers.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    """The repository's root."""
+    return REPO
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """GPU tests that were asked for and cannot run are an error that says what is missing, never a skip."""
+    asked = sum(item.get_closest_marker("gpu") is not None for item in session.items)
+    if asked and (lacking := gpu_missing()):
+        raise pytest.UsageError(f"{asked} GPU tests cannot run: {lacking}")
+
+
+def gpu_missing() -> str | None:
+    """One sentence on what this machine lacks for the tests in tests/gpu/, or None."""
+    import torch
+
+    if torch.version.cuda is None:
+        return (
+            f"torch {torch.__version__} is a build without CUDA, install a CUDA build on a machine with an NVIDIA card"
+        )
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} speaks CUDA {torch.version.cuda}, but sees no NVIDIA card with its driver"
+    return None
