@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from lpexp import checkpoint, record
 from lpexp.errors import Stopped
 from lpexp.experiment import Experiment
-from lpexp.log import Note
 from lpexp.session import Session
 
 
@@ -18,10 +17,10 @@ def run(exp: Experiment, overrides: Sequence[str] = ()) -> int:
             for step in range(run.start, exp.steps):
                 train(run, step)
                 run.stop.at_safe_point(lambda version=step + 1: run.save(version))
-            with run.log.step(exp.steps) as note:  # the last weights have a line of their own
-                finish(run, note)
+            run.save(exp.steps)
         except Stopped as stopped:
-            run.log.stopped(stopped)
+            run.log.event("stopped", signal=stopped.signal, message=str(stopped))
+            run.log.warn("stopped", f"{stopped}; go on with: {run.resume_command()}")
             return 128 + stopped.signal
         checkpoint.finish(run.run_dir, run.log.summary())
     return 0
@@ -44,15 +43,10 @@ def train(run: Session, step: int) -> None:
             note.rollout(groups)
         with note.time("learn"):
             report = trainer.step(exp.algorithm.batch(groups, step))
-            note.learn(report)
+        note.learn(report)
         with note.time("sync"):
             note.sync(trainer.publish(rollout, version=step + 1))
+        if step + 1 == exp.steps:
+            with note.time("eval"):
+                note.eval(exp.task.name, *run.evaluations(exp.steps))
         record.save(run.run_dir, report, exp.record.keep)
-
-
-def finish(run: Session, note: Note) -> None:
-    """The last weights: saved and evaluated."""
-    with note.time("checkpoint"):
-        run.save(run.exp.steps)
-    with note.time("eval"):
-        note.eval(run.exp.task.name, *run.evaluations(run.exp.steps))

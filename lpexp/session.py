@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -14,7 +15,7 @@ from lpexp.experiment import Experiment
 from lpexp.log import Log
 from lpexp.model.tokenizer import load_tokenizer
 from lpexp.precision import digest
-from lpexp.rollout import Pending, Rollout, Sampling
+from lpexp.rollout import Pending, Sampling
 from lpexp.stop import Stop
 
 
@@ -33,11 +34,13 @@ class Session:
         with ExitStack() as stack:  # what was opened is closed, also when the next thing fails to open
             self.stop = stack.enter_context(Stop(exp.stop_grace_s))
             stack.enter_context(checkpoint.Claim(resume, exp))
-            self.log = Log(exp, self.run_dir, self.start, self.overrides)
+            model = exp.model.sized()
+            planned = exp.wire.contract(model.params(), model.moe is not None)
+            self.log = Log(exp, self.run_dir, self.start, self.overrides, digest(planned))
             stack.callback(self.log.close)
             for note in resume.notes:
                 self.log.event("resume", note=note)
-            self.tokenizer = load_tokenizer(exp.model.sized())
+            self.tokenizer = load_tokenizer(model)
             workers = Workers(exp.cluster, self.log.event, self.run_dir)
             stack.callback(workers.close)
             self.trainer = exp.trainer.build(exp, workers)
@@ -45,7 +48,8 @@ class Session:
             self.rollout = exp.rollout.build(exp, workers)
             stack.callback(self.rollout.close)
             self.trainer.restore(resume.checkpoint)
-            self.log.header(agreed(self.trainer.contract(), self.rollout.contract()))
+            agree(planned, self.trainer.contract(), "trainer")
+            agree(planned, self.rollout.contract(), "rollout")
             self._stack = stack.pop_all()
         self.pipeline = Pipeline(self)
         return self
@@ -57,6 +61,12 @@ class Session:
         """A checkpoint of the weights after `version` batches."""
         state = checkpoint.describe(self.exp, version, version)
         return checkpoint.save(self.run_dir, version, state, self.trainer.save, self.exp.checkpoint.keep)
+
+    def resume_command(self) -> str:
+        """What to type to go on from the newest checkpoint."""
+        dropped = ("resume=", "output_dir=")
+        kept = [override for override in self.overrides if not override.startswith(dropped)]
+        return shlex.join(["python", "launch.py", *kept, "resume=auto", f"output_dir={self.run_dir}"])
 
     def evaluations(self, version: int) -> list:
         """Greedy and sampled answers to the held-out prompts, scored."""
@@ -77,9 +87,9 @@ class Pipeline:
         trainer, rollout, start = session.trainer, session.rollout, session.start
         self.pending: dict[int, Pending] = {}
         if self.lag and start:  # the batch in hand was sampled by the weights one version back
-            trainer.publish(rollout, start - 1)
+            session.log.sync(trainer.publish(rollout, start - 1))
             self._ask(start)
-        self.first_sync = trainer.publish(rollout, start)
+        session.log.sync(trainer.publish(rollout, start))
 
     def _ask(self, step: int) -> None:
         if step not in self.pending and step < self.session.exp.steps:
@@ -102,13 +112,11 @@ class Pipeline:
         return groups
 
 
-def agreed(trains: dict[str, str], serves: dict[str, str]) -> str:
-    """The contract's hash; RunError names the first tensor on which trainer and rollout differ."""
-    for name in sorted({*trains, *serves}):
-        ours, theirs = trains.get(name, "absent"), serves.get(name, "absent")
-        if ours != theirs:
-            raise RunError(f"trainer and rollout disagree on {name}: {ours} against {theirs}")
-    return digest(trains)
-
-
-__all__ = ["Pipeline", "Rollout", "Session", "agreed"]
+def agree(planned: dict[str, str], loaded: dict[str, str], who: str) -> None:
+    """RunError when what a side loaded is not what was planned; names the first tensor that differs."""
+    for name in sorted({*planned, *loaded}):
+        if planned.get(name) != loaded.get(name):
+            raise RunError(
+                f"{who} disagrees on {name}: it loaded {loaded.get(name, 'nothing')}, "
+                f"the config says {planned.get(name, 'nothing')}"
+            )

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lpexp")
 FORMAT = 1  # raise when the meaning of the same config changes
-CHECK_PROMPTS, CHECK_SAMPLES = 128, 4
+CHECK_PROMPTS, CHECK_SAMPLES = 128, 2
 
 
 def cache_dir() -> Path:

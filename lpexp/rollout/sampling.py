@@ -49,14 +49,14 @@ def draw(logits_NV: Tensor, u_N: Tensor, temperature: float, top_p: float = 1.0,
         return logits_NV.argmax(-1)
     probs = torch.softmax(logits_NV.double() / temperature, -1)
     if top_k or top_p < 1:
-        ranked, order = probs.sort(-1, descending=True, stable=True)
+        ranked, order = probs.sort(dim=-1, descending=True, stable=True)
         keep = torch.ones_like(ranked, dtype=torch.bool)
         if top_k:
             keep[:, top_k:] = False
         if top_p < 1:
-            kept = ranked * keep
+            kept = ranked * keep.double()
             before = kept.cumsum(-1) - kept
             keep &= before < top_p * kept.sum(-1, keepdim=True)
-        probs = probs * torch.zeros_like(keep).scatter(-1, order, keep)
+        probs = probs * torch.zeros_like(keep).scatter(-1, order, keep).double()
     cdf = probs.cumsum(-1)
     return (cdf < u_N[:, None] * cdf[:, -1:]).sum(-1).clamp_max(logits_NV.shape[-1] - 1)

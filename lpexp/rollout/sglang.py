@@ -28,12 +28,19 @@ class SglangRolloutSpec(RolloutSpec):
     def judge(self, exp: Experiment) -> Iterable[Mistake]:
         world, model = exp.cluster.nodes * exp.cluster.gpus_per_node, exp.model.sized()
         if world == 0:
-            yield Mistake("rollout", f"sglang needs GPUs and cluster {exp.cluster.name} has none; type rollout=embedded, or scale=laptop")
+            yield Mistake(
+                "rollout",
+                f"sglang needs GPUs and cluster {exp.cluster.name} has none; type rollout=embedded, or scale=laptop",
+            )
             return
         if world % self.gpus_per_engine:
-            yield Mistake("rollout.gpus_per_engine", f"{self.gpus_per_engine} does not divide {world} GPUs; use a divisor")
+            yield Mistake(
+                "rollout.gpus_per_engine", f"{self.gpus_per_engine} does not divide {world} GPUs; use a divisor"
+            )
         if self.gpus_per_engine % self.ep:
-            yield Mistake("rollout.ep", f"{self.ep} does not divide rollout.gpus_per_engine {self.gpus_per_engine}; use a divisor")
+            yield Mistake(
+                "rollout.ep", f"{self.ep} does not divide rollout.gpus_per_engine {self.gpus_per_engine}; use a divisor"
+            )
         if model.moe is None and self.ep > 1:
             yield Mistake("rollout.ep", f"{self.ep}, but {model.name} has no experts; use 1")
 

@@ -40,19 +40,33 @@ class MegatronTrainerSpec(TrainerSpec):
     def judge(self, exp: Experiment) -> Iterable[Mistake]:
         model, world = exp.model.sized(), exp.cluster.nodes * exp.cluster.gpus_per_node
         if world == 0:
-            yield Mistake("cluster", f"{exp.cluster.name} has no GPU and trainer megatron needs some; type cluster=h200, or scale=laptop")
+            yield Mistake(
+                "cluster",
+                f"{exp.cluster.name} has no GPU and trainer megatron needs some; type cluster=h200, or scale=laptop",
+            )
             return
         dense, expert = self.tp * self.pp * self.cp, self.etp * self.ep * self.pp
         if world % dense:
-            yield Mistake("trainer.tp", f"{world} GPUs / (tp {self.tp} x pp {self.pp} x cp {self.cp}) is {world / dense:.3g}; make their product divide {world}")
+            yield Mistake(
+                "trainer.tp",
+                f"{world} GPUs / (tp {self.tp} x pp {self.pp} x cp {self.cp}) is {world / dense:.3g}; make their product divide {world}",
+            )
         if model.moe and world % expert:
-            yield Mistake("trainer.ep", f"{world} GPUs / (etp {self.etp} x ep {self.ep} x pp {self.pp}) is {world / expert:.3g}; make their product divide {world}")
+            yield Mistake(
+                "trainer.ep",
+                f"{world} GPUs / (etp {self.etp} x ep {self.ep} x pp {self.pp}) is {world / expert:.3g}; make their product divide {world}",
+            )
         if model.moe is None and self.ep > 1:
             yield Mistake("trainer.ep", f"{self.ep}, but {model.name} has no experts; use 1")
         if model.moe and model.moe.num_experts % self.ep:
-            yield Mistake("trainer.ep", f"{self.ep} does not divide {model.moe.num_experts} experts; use a power of two up to {model.moe.num_experts & -model.moe.num_experts}")
+            yield Mistake(
+                "trainer.ep",
+                f"{self.ep} does not divide {model.moe.num_experts} experts; use a power of two up to {model.moe.num_experts & -model.moe.num_experts}",
+            )
         if model.num_attention_heads % self.tp:
-            yield Mistake("trainer.tp", f"{self.tp} does not divide {model.num_attention_heads} attention heads; use a divisor")
+            yield Mistake(
+                "trainer.tp", f"{self.tp} does not divide {model.num_attention_heads} attention heads; use a divisor"
+            )
         if self.pp > 1:
             yield from self._stages(model.num_hidden_layers)
 
@@ -78,9 +92,17 @@ class MegatronTrainerSpec(TrainerSpec):
         data = world // (self.tp * self.pp * self.cp)
         sizes = f"tp {self.tp} x pp {self.pp} x cp {self.cp} x dp {data}"
         if exp.model.moe:
-            sizes += f"; experts ep {self.ep} x etp {self.etp} x pp {self.pp} x dp {world // (self.etp * self.ep * self.pp)}"
+            sizes += (
+                f"; experts ep {self.ep} x etp {self.etp} x pp {self.pp} x dp {world // (self.etp * self.ep * self.pp)}"
+            )
         last = "" if self.last_stage_layers is None else f"; last stage {self.last_stage_layers} layers"
-        return [{"role": "trainer rank", "count": world, "what": f"Megatron-core, {sizes}{last}, trains {exp.precision.name}"}]
+        return [
+            {
+                "role": "trainer rank",
+                "count": world,
+                "what": f"Megatron-core, {sizes}{last}, trains {exp.precision.name}",
+            }
+        ]
 
     def missing(self, exp: Experiment) -> str | None:
         return "the Megatron-core trainer is not built in this version; type trainer=embedded rollout=embedded, or scale=laptop for a twin that runs anywhere"

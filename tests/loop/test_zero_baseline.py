@@ -1,0 +1,97 @@
+"""With one precision on both sides the mismatch is exactly zero; and the check can fail."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+MATCHED = ("fp32", "bf16", "fp8", "int4_qat")
+MODELS = ("qwen3_tiny", "qwen3_moe_tiny", "deepseek_tiny")
+MAX = "mismatch/logprob_abs_diff_max"
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("precision", MATCHED)
+def test_trainer_and_rollout_agree_bitwise_when_precisions_match(inline, precision, model, lag):
+    run = inline(f"precision={precision}", f"model={model}", f"lag={lag}", "steps=20", *fast(model))
+    assert run.steps(MAX) == [0.0] * 20
+    assert run.steps("correction/weight_min") == [1.0] * 20
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_power_of_two_scales_several_updates_and_truncated_answers_keep_the_zero(inline, precision):
+    more = ["algorithm.updates_per_batch=2", "rollout.temperature=0.8", "task.max_response=7"]
+    if precision == "fp8":
+        more.append("precision.scale_format=pow2")
+    run = inline(f"precision={precision}", "steps=5", *more, *fast("llama_tiny"), "model=llama_tiny")
+    assert run.steps(MAX) == [0.0] * 5
+
+
+def test_one_flipped_served_code_shows(inline, monkeypatch):
+    from lpexp.rollout import embedded
+
+    honest = embedded.EmbeddedEngine.load
+
+    def flipped(self, parts, version):
+        name = "model.layers.1.mlp.down_proj.weight"
+        dtype, shape, raw = parts[name]["weight"]
+        raw = raw.copy()
+        raw[77] ^= 0x40
+        checksum = honest(self, parts, version)
+        honest(self, parts | {name: parts[name] | {"weight": (dtype, shape, raw)}}, version)
+        return checksum  # an engine that lies about what it holds
+
+    monkeypatch.setattr(embedded.EmbeddedEngine, "load", flipped)
+    assert min(inline("precision=fp8", "steps=3", *fast("qwen3_tiny")).steps(MAX)) > 0
+
+
+def test_a_flipped_code_is_caught_by_the_checksum(inline, monkeypatch):
+    from lpexp.errors import RunError
+    from lpexp.precision import wire
+
+    honest = wire.thaw
+
+    def torn(parts, device="cpu"):
+        made = honest(parts, device)
+        if "weight_packed" in made:
+            made["weight_packed"][0, 0] ^= 1
+        return made
+
+    monkeypatch.setattr(wire, "thaw", torn)
+    with pytest.raises(RunError, match="engine 0 holds"):
+        inline("precision=int4_qat", "steps=1", *fast("qwen3_tiny"))
+
+
+def test_decoding_without_row_padding_shows(inline, monkeypatch):
+    from lpexp.precision import numeric
+
+    monkeypatch.setattr(numeric, "PAD_ROWS", 1)
+    run = inline("precision=fp32", "steps=3", "rollout.slots=3", *fast("qwen3_tiny"))
+    assert max(run.steps(MAX)) > 0
+
+
+def test_attention_in_float32_shows(inline, monkeypatch):
+    from lpexp.model import decoder
+
+    def plain(q, k, v, allowed, scale):
+        repeat = q.shape[1] // k.shape[1]
+        mask = allowed[None, None] if allowed.dim() == 2 else allowed[:, None]
+        k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+    monkeypatch.setattr(decoder, "attention", plain)
+    assert max(inline("precision=fp32", "steps=3", *fast("qwen3_tiny")).steps(MAX)) > 0
+
+
+def test_lag_keeps_staleness_apart_from_the_mismatch(inline):
+    run = inline("precision=fp8", "lag=1", "steps=4", "trainer.lr=1e-3", *fast("qwen3_tiny"))
+    assert run.steps(MAX) == [0.0] * 4
+    assert run.steps("staleness/version_gap_max") == [0, 1, 1, 1]
+    gaps = run.steps("staleness/logprob_abs_diff_mean")
+    assert gaps[0] == 0.0 and min(gaps[1:]) > 0
+
+
+def fast(model: str) -> list[str]:
+    """A warm start is learned for the default model only; the others start at random."""
+    return [] if model == "qwen3_tiny" else ["task.warmup=null"]
