@@ -21,6 +21,7 @@ import pytest
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 20
+
 Band = Mapping[str, tuple[float, float]]
 MATCHED: Band = {"logprob_abs_diff_mean": (0, 1e-4), "kl_k3": (0, 1e-6), "mult_prob_error": (1, 1.0001)}
 EIGHT_BITS: Band = {"logprob_abs_diff_mean": (5e-3, 5e-2), "kl_k3": (1e-4, 5e-3), "mult_prob_error": (1.005, 1.06)}
