@@ -53,7 +53,6 @@ class Precision(Spec):
     name: str
     trains: ClassVar[bool] = True  # False: serves and exports only
     reads: ClassVar[str] = ""  # the kind of `quantization_config` that `read_hf` understands
-    identity: ClassVar[str] = ""  # the quantiser string of a fixed format; see `contract`
 
     # -- what is quantised -----------------------------------------------------------------------------------------
     @abstractmethod
