@@ -54,8 +54,8 @@ class Console:
 
     def step(self, line: Metrics) -> None:
         """One readable line: step, reward, accuracy, mismatch mean and max, entropy, speed."""
-        width = len(str(self._total))
-        parts = [f"step {line['step']:>{width}}/{self._total}"]
+        done, width = line["step"] + 1, len(str(self._total))  # after step n of N the weights are version n
+        parts = [f"step {done:>{width}}/{self._total}"]
         for name, key in (("reward", "reward/mean"), ("acc", "reward/correct")):
             if key in line:
                 parts.append(f"{name} {line[key]:.3f}")
@@ -69,7 +69,7 @@ class Console:
         parts.append(f"{line['time/step']:.2f} s")
         self.say("  ".join(parts))
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=line["step"] + 1)
+            self._bar.update(self._task, completed=done)
 
     def evaluated(self, name: str, version: int, metrics: Metrics, groups: Sequence[Group], show: int) -> None:
         """The scores of an evaluation and `show` of its greedy answers."""
@@ -87,17 +87,13 @@ class Console:
 
     def summary(self, title: str, rows: Sequence[tuple[str, str]], notes: Sequence[str]) -> None:
         """The table at the end, and what to do next."""
-        from rich import box
-        from rich.table import Table
-        from rich.text import Text
-
         self.close()
-        table = Table(title=title, box=box.SIMPLE_HEAD, show_header=False, title_style="bold", title_justify="left")
-        table.add_column(no_wrap=True)
-        table.add_column(no_wrap=True)
+        width = max(len(name) for name, _ in rows)
+        self.say("")
+        self.say(title, "bold")
         for name, value in rows:
-            table.add_row(Text(name), Text(value))
-        self._out.print(table, soft_wrap=True)
+            self.say(f"  {name:<{width}}  {value}")
+        self.say("")
         for note in notes:
             self.say(note)
 

@@ -17,9 +17,9 @@
     log.close()
 
 So line s evaluates weight version s and tells how it became version s + 1; only on the last line the evaluation is of
-the final version, in place of one made before that step. Each evaluation is an event too, with its version. A step whose
-body raises leaves no line. The wall time between two lines belongs to the later one, so nothing goes missing. On resume
-from step k the lines of step k and later are cut, so every step appears once.
+the final version, in place of one made before that step. Each evaluation is an event too, with its version. A step
+whose body raises leaves no line. The wall time between two lines belongs to the later one, so nothing goes missing. On
+resume from step k the lines of step k and later are cut, so every step appears once.
 
 The run directory gets config.yaml, overrides.yaml, versions.json, hardware.json, contract.txt, metrics.jsonl,
 events.jsonl, wandb/, and at the end summary.json and report.png. Left out: checkpoints, stored rollouts, the run lock.
@@ -124,11 +124,8 @@ class Log:
 
         found = report.summarise(self.run_dir)
         found |= {"trainer": side(self.exp, self.exp.precision), "rollout": side(self.exp, self.exp.wire)}
-        found |= {
-            "contract": self.contract,
-            "run_dir": str(self.run_dir),
-            "next": _next_command(self.exp, self.overrides),
-        }
+        found |= {"contract": self.contract, "run_dir": str(self.run_dir)}
+        found["next"] = _next_command(self.exp, self.overrides)
         journal.write(self.run_dir / "summary.json", json.dumps(found, indent=1) + "\n")
         picture = report.draw(self.run_dir)
         notes = [f"picture  {picture}"]

@@ -32,7 +32,8 @@ def summarise(run_dir: Path) -> dict[str, Any]:
         }
     for key in ("reward/mean", "train/entropy"):
         if len(values := _curve(lines, key)[1]):
-            found[key] = [float(values[:ENDS].mean()), float(values[-ENDS:].mean())]
+            ends = max(1, min(ENDS, len(values) // 2))
+            found[key] = [float(values[:ends].mean()), float(values[-ends:].mean())]
     for key in ("mismatch/logprob_abs_diff_mean", "mismatch/kl_k3", "mismatch/mult_prob_error"):
         if len(values := _curve(lines, key)[1]):
             found[key] = float(values.mean())
@@ -87,16 +88,19 @@ def draw(run_dir: Path) -> Path:
         for key, color in (("greedy_acc", BLUE), ("sampled_acc", ORANGE)):
             values = np.array([scores[version][key] for version in versions])
             _line(reward, (versions, values), color, f"{name} accuracy, {key.removesuffix('_acc')}", marker=marker)
-    reward.set_ylabel("reward, accuracy (1)")
+    low, high = reward.get_ylim()
+    if low >= -0.1 and high <= 1.1:
+        reward.set_ylim(-0.03, 1.03)
+    reward.set_ylabel("reward, accuracy")
     _legend(reward)
 
     curves = (
-        ("mismatch/logprob_abs_diff_max", ORANGE, "|d| max"),
-        ("mismatch/logprob_abs_diff_mean", BLUE, "|d| mean"),
-        ("mismatch/kl_k3", GREEN, "KL k3"),
+        ("mismatch/logprob_abs_diff_max", ORANGE, "log-prob gap, worst token"),
+        ("mismatch/logprob_abs_diff_mean", BLUE, "log-prob gap, mean"),
+        ("mismatch/kl_k3", GREEN, "KL (k3)"),
     )
     _draw_logarithmic(mismatch, [(_curve(lines, key), color, label) for key, color, label in curves])
-    mismatch.set_ylabel("train / rollout mismatch (nat)")
+    mismatch.set_ylabel("train/rollout mismatch (nat)")
     _legend(mismatch)
 
     _line(entropy, _curve(lines, "train/entropy"), BLUE, "entropy")
@@ -109,27 +113,32 @@ def draw(run_dir: Path) -> Path:
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color("#9ca3af")
         axes.tick_params(colors="#374151", labelsize=9)
+    figure.align_ylabels()
     path = run_dir / PICTURE
     figure.savefig(path)
     return path
 
 
 def _draw_logarithmic(axes: Any, curves: list[tuple[Points, str, str]]) -> None:
-    """Curves on a log scale; zeros, which it cannot show, stand on a line of their own that says "exactly 0"."""
+    """Curves on a log scale; zeros of the first, the largest, stand on a line of their own that says "exactly 0"."""
     positive = np.concatenate([y[y > 0] for (_, y), _, _ in curves] or [np.array([])])
-    zeros = any((y == 0).any() for (_, y), _, _ in curves)
+    zeros = bool((curves[0][0][1] == 0).any())
     axes.set_yscale("log")
     low = 10.0 ** np.floor(np.log10(positive.min())) if len(positive) else 1e-9
     high = 10.0 ** np.ceil(np.log10(positive.max()) + 0.1) if len(positive) else 1e-1
     floor = low / 10
     for (x, y), color, label in curves:
-        _line(axes, (x, np.where(y > 0, y, np.nan)), color, label)
-        axes.plot(x[y == 0], np.full((y == 0).sum(), floor), "o", color=color, markersize=4)
+        # Beside zeros a lone positive value has no neighbour to draw a line to: a marker shows it.
+        _line(axes, (x, np.where(y > 0, y, np.nan)), color, label, marker="o" if zeros else None)
     exponents = np.arange(round(np.log10(low)), round(np.log10(high)) + 1)
     exponents = exponents[:: -(-len(exponents) // 8)]
     ticks, labels = [10.0**e for e in exponents], [f"$10^{{{e}}}$" for e in exponents]
     if zeros:
         axes.axhline(floor, color="#9ca3af", linewidth=0.8, linestyle=":")
+        (x, y), color, label = curves[0]
+        axes.plot(x[y == 0], np.full((y == 0).sum(), floor), "o", color=color, markersize=4)
+        said = f"{label}: exactly 0 at {(y == 0).sum()} of {len(y)} steps"
+        axes.annotate(said, (x[0], floor), (0, 9), textcoords="offset points", fontsize=9, color="#374151")
         ticks, labels = [floor, *ticks], ["exactly 0", *labels]
     axes.set_yticks(ticks, labels)
     axes.minorticks_off()

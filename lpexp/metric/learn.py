@@ -51,7 +51,7 @@ def _gap(a: np.ndarray, b: np.ndarray, mask: np.ndarray) -> np.ndarray:
 def _staleness(report: LearnReport, mask: np.ndarray) -> Metrics:
     batch = report.batch
     versions = batch.versions_N[:, None] if batch.versions_N.ndim == 1 else batch.versions_N  # one a sample, or a token
-    gaps_NT: np.ndarray = np.broadcast_to(report.version - versions, mask.shape)
+    gaps_NT: np.ndarray = np.broadcast_to(report.version - versions.astype(np.int64), mask.shape)
     gaps = gaps_NT[mask]
     rows = mask.any(axis=1)
     lowest = np.where(mask, gaps_NT, np.iinfo(np.int64).max).min(axis=1)
