@@ -198,22 +198,25 @@ class _Worker:
 
 
 def _open_ray(cluster: Cluster) -> None:
-    """A Ray instance of our own, reachable from this machine only."""
+    """A Ray instance of our own that listens on loopback only.
+
+    Ray takes 127.0.0.1 for its node address, and binds every server to it, only where it believes that clusters are
+    not supported; the variable says so. It is read when ray is imported.
+    """
     import logging
 
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
+    logging.getLogger("ray").setLevel(logging.ERROR)
     ray.init(
         address="local",
-        _node_ip_address="127.0.0.1",
+        num_cpus=1,  # actors ask for none; more would only start idle workers
         include_dashboard=cluster.dashboard,
-        dashboard_host="127.0.0.1",
         log_to_driver=False,
         logging_level=logging.ERROR,
-        configure_logging=True,
     )
 
 
