@@ -70,8 +70,12 @@ class Workers:
         """A worker that holds `kind(*args)`; `env` is set before it starts."""
         make = _RayHandle if self.cluster.kind == "ray" else _InlineHandle
         handle = make(name, kind, args, env or {})
-        self.handles.append(handle)
+        self.handles = [*(h for h in self.handles if h.name != name), handle]  # a successor takes the name
         return handle
+
+    def pids(self) -> dict[str, int]:
+        """The process of each worker; waits until all have started."""
+        return {name: future.result() for name, future in [(h.name, h.call("pid")) for h in self.handles]}
 
     def share(self, handle: Handle, method: str, *args: Any) -> tuple[Any, Any]:
         """Call a method that answers (bulk, report): the bulk stays with the workers as a reference, the report comes here."""
@@ -114,7 +118,7 @@ class _InlineHandle:
 
     def call(self, method: str, *args: Any) -> Future:
         try:
-            return _Done(getattr(self._held, method)(*args))
+            return _Done(os.getpid() if method == "pid" else getattr(self._held, method)(*args))
         except Exception as error:
             return _Done(None, error)
 
@@ -194,7 +198,7 @@ class _Worker:
         self._held = kind(*args)
 
     def call(self, method: str, *args: Any) -> Any:
-        return getattr(self._held, method)(*args)
+        return os.getpid() if method == "pid" else getattr(self._held, method)(*args)
 
 
 def _open_ray(cluster: Cluster) -> None:

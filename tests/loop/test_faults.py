@@ -1,0 +1,178 @@
+"""Whatever is killed, nothing is lost: an engine heals inside the run, everything else resumes to the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from lpexp.compare import compare
+from tests.loop.conftest import ROOT, SMALL, Ran
+
+RUN = ("precision=fp8", "steps=7", "checkpoint.every=2", "eval.every=3", "cluster=local")
+DIES_IN_CHECKPOINT = """
+import os, signal, sys
+from lpexp import checkpoint
+honest = checkpoint._write_manifest
+def torn(directory, step):
+    if step == {step}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return honest(directory, step)
+checkpoint._write_manifest = torn
+sys.path.insert(0, {root!r})
+import launch
+from lpexp import frontend
+sys.exit(frontend.guard(launch.main, sys.argv[1:]))
+"""
+
+
+class Live:
+    """A run in the background."""
+
+    def __init__(self, directory: Path, *overrides: str, code: str | None = None):
+        self.directory = directory
+        self.words = [*SMALL, f"output_dir={directory}", *overrides]
+        start = [sys.executable, "-c", code] if code else [sys.executable, str(ROOT / "launch.py")]
+        self.log = open(directory.with_suffix(".log"), "ab")  # noqa: SIM115
+        self.process = subprocess.Popen([*start, *self.words], cwd=ROOT, stdout=self.log, stderr=self.log)
+        self.family: list[psutil.Process] = []
+
+    def lines(self) -> int:
+        path = self.directory / "metrics.jsonl"
+        return path.read_text().count("\n") if path.exists() else 0
+
+    def until(self, lines: int, timeout_s: float = 120) -> None:
+        """Wait until this many steps are logged; remember every process of the run."""
+        give_up = time.monotonic() + timeout_s
+        while self.lines() < lines:
+            assert self.process.poll() is None, self.directory.with_suffix(".log").read_text()
+            assert time.monotonic() < give_up, "the run stands still"
+            time.sleep(0.02)
+        self.family = [self.process_tree(), *self.process_tree().children(recursive=True)]
+
+    def process_tree(self) -> psutil.Process:
+        return psutil.Process(self.process.pid)
+
+    def pid(self, worker: str) -> int:
+        events = [json.loads(line) for line in (self.directory / "events.jsonl").read_text().splitlines()]
+        return next(event["pids"][worker] for event in reversed(events) if event["kind"] == "workers")
+
+    def end(self, timeout_s: float = 150) -> int:
+        code = self.process.wait(timeout_s)
+        self.log.close()
+        return code
+
+    def assert_nothing_is_left(self) -> None:
+        _, alive = psutil.wait_procs(self.family, timeout=20)
+        assert not [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.fixture(scope="module", params=[0, 1], ids=["lag0", "lag1"])
+def undisturbed(request, tmp_path_factory) -> tuple[int, Path]:
+    """The same run, never killed."""
+    directory = tmp_path_factory.mktemp(f"lag{request.param}") / "whole"
+    live = Live(directory, *RUN, f"lag={request.param}")
+    assert live.end() == 0, directory.with_suffix(".log").read_text()
+    return request.param, directory
+
+
+def same(a: Path, b: Path) -> bool:
+    return compare(a, b, exact=True) == 0
+
+
+def test_an_engine_that_dies_is_healed_inside_the_run(undisturbed, tmp_path):
+    lag, whole = undisturbed
+    live = Live(tmp_path / "run", *RUN, f"lag={lag}")
+    live.until(3)
+    os.kill(live.pid("engine-1"), signal.SIGKILL)
+    assert live.end() == 0
+    healed = [event for event in Ran(0, live.directory).events if event["kind"] == "engine_healed"]
+    assert [event["engine"] for event in healed] == [1] * len(healed) and healed
+    assert same(whole, live.directory)
+
+
+@pytest.mark.parametrize("victim", ["driver", "trainer-1"])
+def test_a_killed_run_resumes_to_the_same_bytes(undisturbed, tmp_path, victim):
+    lag, whole = undisturbed
+    live = Live(tmp_path / "run", *RUN, f"lag={lag}")
+    live.until(4)
+    os.kill(live.process.pid if victim == "driver" else live.pid(victim), signal.SIGKILL)
+    assert live.end() == (-signal.SIGKILL if victim == "driver" else 1)
+    live.assert_nothing_is_left()
+    if victim != "driver":
+        said = live.directory.with_suffix(".log").read_text()
+        assert f"{victim} died" in said and "resume=auto" in said and "Traceback" not in said
+    again = Live(live.directory, *RUN, f"lag={lag}", "resume=auto")
+    assert again.end() == 0, live.directory.with_suffix(".log").read_text()
+    assert same(whole, live.directory)
+
+
+def test_a_driver_killed_inside_a_checkpoint_resumes_from_the_one_before(undisturbed, tmp_path):
+    lag, whole = undisturbed
+    code = DIES_IN_CHECKPOINT.format(step=4, root=str(ROOT))
+    live = Live(tmp_path / "run", *RUN, f"lag={lag}", code=code)
+    assert live.end() == -signal.SIGKILL
+    assert sorted(path.name for path in (live.directory / "checkpoints").glob("0*")) == ["000002"]
+    again = Live(live.directory, *RUN, f"lag={lag}", "resume=auto")
+    assert again.end() == 0, live.directory.with_suffix(".log").read_text()
+    assert same(whole, live.directory)
+
+
+def test_sigterm_stops_after_the_step_in_hand_and_leaves_nothing_behind(undisturbed, tmp_path):
+    lag, whole = undisturbed
+    live = Live(tmp_path / "run", *RUN, f"lag={lag}")
+    live.until(2)
+    live.process.send_signal(signal.SIGTERM)
+    assert live.end() == 143
+    live.assert_nothing_is_left()
+    assert live.lines() < 7
+    again = Live(live.directory, *RUN, f"lag={lag}", "resume=auto")
+    assert again.end() == 0, live.directory.with_suffix(".log").read_text()
+    assert same(whole, live.directory)
+
+
+def test_a_step_that_outlasts_the_grace_is_dropped_and_replays_bitwise(undisturbed, tmp_path):
+    lag, whole = undisturbed
+    live = Live(tmp_path / "run", *RUN, f"lag={lag}", "stop_grace_s=0")
+    live.until(3)
+    live.process.send_signal(signal.SIGINT)
+    assert live.end() == 130
+    assert "was dropped" in live.directory.with_suffix(".log").read_text()
+    again = Live(live.directory, *RUN, f"lag={lag}", "resume=auto")
+    assert again.end() == 0, live.directory.with_suffix(".log").read_text()
+    assert same(whole, live.directory)
+
+
+def test_a_run_listens_on_loopback_only(tmp_path):
+    live = Live(tmp_path / "run", *RUN, "wandb.mode=offline")
+    live.until(2)
+    listening = [
+        (process.name(), connection.laddr.ip)
+        for process in live.family
+        if process.is_running()
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    live.process.send_signal(signal.SIGTERM)
+    assert live.end() == 143
+    assert len(listening) > 5  # Ray's servers were seen
+    assert {ip for _, ip in listening} <= {"127.0.0.1", "::1"}, listening
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("cluster=inline",), ("rollout.engines=1",), ("rollout.slots=5",), ("trainer.ranks=1",)],
+    ids=lambda words: words[0],
+)
+def test_workers_and_slots_change_no_number(undisturbed, tmp_path, words):
+    lag, whole = undisturbed
+    live = Live(tmp_path / "run", *RUN, f"lag={lag}", *words)
+    assert live.end() == 0, live.directory.with_suffix(".log").read_text()
+    assert same(whole, live.directory)
