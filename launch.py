@@ -1,4 +1,4 @@
-"""python launch.py key=value ...: compose the config, judge it, run it. `--help` lists the keys that people change first.
+"""python launch.py key=value ...: compose a config, judge it, run it. `--help` lists the keys that people change.
 
 Exit codes: 0 done or dry run, 1 a run failed, 2 refused (config, file or hardware), 130 and 143 stopped and resumable.
 """

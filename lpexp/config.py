@@ -99,6 +99,12 @@ def nearest(word: str, words: Any, cutoff: float = 0.6) -> str | None:
     return found[0] if found else None
 
 
+def _shown(value: Any) -> str:
+    """A value as YAML spells it."""
+    words = {None: "null", True: "true", False: "false"}
+    return words[value] if value is None or isinstance(value, bool) else repr(value)
+
+
 def _path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
@@ -142,13 +148,15 @@ def _mistakes(line: Any, kind: type[Spec], data: Any) -> Iterator[Mistake]:
         owner = _class_at(kind, data, where[:-1])
         keys = sorted(_key(owner, name) for name in owner.model_fields) if owner else []
         near, known = nearest(where[-1], keys), ", ".join(keys)
-        yield Mistake(key, f"unknown key -- did you mean {near!r}?" if near else f"unknown key; known here: {known}")
+        hint = f" -- did you mean {near!r}?" if near else f"; known here: {known}"
+        yield Mistake(key, f"unknown key, given {_shown(given)}{hint}")
     elif line["type"] == "missing":
         yield Mistake(key, "is missing and has no default")
     elif line["type"] in ("target", "group"):
         yield Mistake(key, line["msg"])
     else:
-        yield Mistake(key, f"{line['msg']}, got {given!r}")
+        message = line["msg"].replace("Input should be", "should be").replace("valid tuple", "list")
+        yield Mistake(key, f"{message}, got {_shown(given)}")
 
 
 def _class_at(kind: type[Spec], data: Any, where: list[str]) -> type[Spec] | None:

@@ -1,4 +1,4 @@
-"""`lpexp doctor`: what this machine has, what it can run, and why not the rest. Starts nothing and imports no backend."""
+"""`lpexp doctor`: what this machine has, what it can run, and why not the rest. Starts nothing, imports no backend."""
 
 from __future__ import annotations
 
@@ -44,7 +44,10 @@ def report() -> str:
         ("GPUs", str(len(gpus)), ", ".join(gpus) or "none: everything runs on cores"),
         *((name, found[name] or "not installed", use) for name, use in PACKAGES),
     ]
-    runs = [(check.what, "yes" if check.lacking is None else "no", check.lacking or "") for check in checks(found, len(gpus))]
+    runs = [
+        (check.what, "yes" if check.lacking is None else "no", check.lacking or "")
+        for check in checks(found, len(gpus))
+    ]
     return "\n".join(
         [
             "what is here",

@@ -89,7 +89,7 @@ class OneProcessAJob(Launcher):
 
 
 def register() -> None:
-    """Make the launcher known to Hydra, which takes plugins of the package `hydra_plugins` only: it gets a name there."""
+    """Make the launcher known to Hydra, which takes plugins of `hydra_plugins` only: it gets a name there."""
     known = Plugins.instance()
     package = sys.modules.setdefault("hydra_plugins", ModuleType("hydra_plugins"))
     home = ModuleType(OneProcessAJob.__module__)
@@ -107,7 +107,9 @@ def _run(command: list[str]) -> int:
     environment = dict(os.environ)
     if frontend.set_by_us:
         environment.pop(frontend.FULL_ERROR, None)
-    job = subprocess.Popen(command, env=environment, process_group=0)  # its own group: signals reach it once, through us
+    job = subprocess.Popen(
+        command, env=environment, process_group=0
+    )  # its own group: signals reach it once, through us
     stopped = 0
 
     def hand_on(number: int, frame: Any) -> None:
@@ -125,7 +127,13 @@ def _run(command: list[str]) -> int:
 
 
 def _outcome(code: int) -> str:
-    return "done" if code == 0 else f"killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+    return (
+        "done"
+        if code == 0
+        else f"killed by {signal.Signals(-code).name}"
+        if code < 0
+        else f"failed with exit code {code}"
+    )
 
 
 def _axes(jobs: list[list[str]]) -> list[list[str]]:
@@ -136,7 +144,11 @@ def _axes(jobs: list[list[str]]) -> list[list[str]]:
 def _of(names: list[str], total: int) -> str:
     if total == 1:
         return ""
-    return " (every job)" if len(names) == total else f" (job {'; '.join(shlex.quote(n) if ' ' in n else n for n in names)})"
+    return (
+        " (every job)"
+        if len(names) == total
+        else f" (job {'; '.join(shlex.quote(n) if ' ' in n else n for n in names)})"
+    )
 
 
 def _without_hydra(cfg: DictConfig) -> DictConfig:
@@ -149,6 +161,6 @@ def _remove_traces(sweep_dir: Path) -> None:
     """Hydra has already made the sweep's folder and its multirun.yaml: a refused sweep leaves neither."""
     (sweep_dir / "multirun.yaml").unlink(missing_ok=True)
     for folder in (sweep_dir, *sweep_dir.parents):
-        if folder == Path.cwd() or folder == Path(".") or not folder.is_dir() or any(folder.iterdir()):
+        if folder == Path.cwd() or folder == Path() or not folder.is_dir() or any(folder.iterdir()):
             return
         folder.rmdir()

@@ -48,7 +48,11 @@ def text(exp: Experiment) -> str:
         ("reference", reference),
         ("correction", exp.correction.name),
         ("cluster", f"{exp.cluster.name}: {machine}"),
-        ("batch", f"{exp.task.prompts_per_step} prompts x {exp.algorithm.samples_per_prompt} samples of {exp.task.name}, lag {exp.lag}, {exp.steps} steps"),
+        (
+            "batch",
+            f"{exp.task.prompts_per_step} prompts x {exp.algorithm.samples_per_prompt} samples of {exp.task.name}, "
+            f"lag {exp.lag}, {exp.steps} steps",
+        ),
         ("contract", _contract(exp, params, moe)),
     ]
     workers = [("driver", 1, "the loop, metrics, checkpoints' manifest; holds no weights")]
@@ -56,7 +60,11 @@ def text(exp: Experiment) -> str:
     environments = [("trainer", exp.trainer.environment(exp)), ("rollout", exp.rollout.environment(exp))]
     tensors = [(r.kind, f"{r.tensors:,}", f"{r.elements:,}", r.trained, r.served, _size(r.served_bytes)) for r in rows]
     memory = [
-        ("training state", _size(elements * TRAINED_BYTES), f"float32 weights, gradients and Adam ({TRAINED_BYTES} bytes a parameter), shared by all trainer ranks that split the model"),
+        (
+            "training state",
+            _size(elements * TRAINED_BYTES),
+            f"float32 weights, gradients, Adam ({TRAINED_BYTES} bytes a parameter); split or repeated over ranks",
+        ),
         ("served weights", _size(wire), "one copy; an engine holds one, and so much moves in every weight update"),
         ("key/value cache", _size(_cache_bytes(exp)), "16 bits each, all samples of a step at full length"),
     ]
@@ -69,7 +77,13 @@ def text(exp: Experiment) -> str:
             "\nwhich tensors are quantised how",
             table([("module class", "tensors", "elements", "trained as", "served as", "served bytes"), *tensors], "  "),
             "\nenvironment that each worker gets",
-            table([(who, " ".join(f"{k}={v}" for k, v in sorted(env.items())) or "nothing beside the shell's") for who, env in environments], "  "),
+            table(
+                [
+                    (who, " ".join(f"{k}={v}" for k, v in sorted(env.items())) or "nothing beside the shell's")
+                    for who, env in environments
+                ],
+                "  ",
+            ),
             "\nmemory, estimated",
             table(memory, "  "),
         ]
@@ -97,11 +111,14 @@ def missing(exp: Experiment) -> str | None:
     here = gpus_here()
     if nodes * each > len(here):
         kind = "" if exp.cluster.gpu in (None, "any") else f"{exp.cluster.gpu} "
-        asked = f"{nodes * each} {kind}GPU{'s' if nodes * each > 1 else ''}" + (f" ({nodes} nodes of {each})" if nodes > 1 else "")
+        asked = f"{nodes * each} {kind}GPU{'s' if nodes * each > 1 else ''}" + (
+            f" ({nodes} nodes of {each})" if nodes > 1 else ""
+        )
         has = f"{len(here)} ({here[0]})" if here else "none"
         small = exp.model.sized().num_params() < 10_000_000
         way = "type cluster=local to run on its cores" if small else "type scale=laptop to run its small twin here"
-        return f"model={exp.model.name} precision={exp.precision.name} on cluster={exp.cluster.name} needs {asked} and this machine has {has}; {way}"
+        what = f"model={exp.model.name} precision={exp.precision.name} on cluster={exp.cluster.name}"
+        return f"{what} needs {asked} and this machine has {has}; {way}"
     for part in (exp.trainer, exp.rollout):
         if lacking := part.missing(exp):
             return lacking
@@ -127,7 +144,11 @@ def _describe(precision: Precision) -> str:
 
 def _contract(exp: Experiment, params: Sequence[Any], moe: bool) -> str:
     trained, served = digest(exp.precision.contract(params, moe)), digest(exp.wire.contract(params, moe))
-    return f"{served} on both sides" if trained == served else f"{trained} trained, {served} served: they differ, as asked for"
+    return (
+        f"{served} on both sides"
+        if trained == served
+        else f"{trained} trained, {served} served: they differ, as asked for"
+    )
 
 
 def _cache_bytes(exp: Experiment) -> int:
@@ -153,4 +174,6 @@ def table(rows: Sequence[Sequence[Any]], indent: str = "") -> str:
     """Columns as wide as their widest cell, plain text."""
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(row[at]) for row in cells) for at in range(len(cells[0]))]
-    return "\n".join(indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells)
+    return "\n".join(
+        indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
+    )

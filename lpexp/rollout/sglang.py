@@ -53,4 +53,7 @@ class SglangRolloutSpec(RolloutSpec):
         return [{"role": "rollout engine", "count": count, "what": what}]
 
     def missing(self, exp: Experiment) -> str | None:
-        return "the SGLang rollout is not built in this version; type trainer=embedded rollout=embedded, or scale=laptop for a twin that runs anywhere"
+        return (
+            "the SGLang rollout is not built in this version; type trainer=embedded rollout=embedded, "
+            "or scale=laptop for a twin that runs anywhere"
+        )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from lpexp.errors import ConfigError, Mistake
+from lpexp.model import divisors
 from lpexp.trainer import Trainer, TrainerSpec
 
 if TYPE_CHECKING:
@@ -45,41 +46,35 @@ class MegatronTrainerSpec(TrainerSpec):
                 f"{exp.cluster.name} has no GPU and trainer megatron needs some; type cluster=h200, or scale=laptop",
             )
             return
-        dense, expert = self.tp * self.pp * self.cp, self.etp * self.ep * self.pp
-        if world % dense:
-            yield Mistake(
-                "trainer.tp",
-                f"{world} GPUs / (tp {self.tp} x pp {self.pp} x cp {self.cp}) is {world / dense:.3g}; make their product divide {world}",
-            )
-        if model.moe and world % expert:
-            yield Mistake(
-                "trainer.ep",
-                f"{world} GPUs / (etp {self.etp} x ep {self.ep} x pp {self.pp}) is {world / expert:.3g}; make their product divide {world}",
-            )
+        whole = f"make their product divide {world}"
+        if world % (self.tp * self.pp * self.cp):
+            over = f"(tp {self.tp} x pp {self.pp} x cp {self.cp})"
+            yield Mistake("trainer.tp", f"{world} GPUs / {over} is no whole number; {whole}")
+        if model.num_attention_heads % self.tp:
+            heads = model.num_attention_heads
+            yield Mistake("trainer.tp", f"{self.tp} does not divide {heads} heads; use one of {divisors(heads)}")
         if model.moe is None and self.ep > 1:
             yield Mistake("trainer.ep", f"{self.ep}, but {model.name} has no experts; use 1")
+        if model.moe and world % (self.etp * self.ep * self.pp):
+            over = f"(etp {self.etp} x ep {self.ep} x pp {self.pp})"
+            yield Mistake("trainer.ep", f"{world} GPUs / {over} is no whole number; {whole}")
         if model.moe and model.moe.num_experts % self.ep:
-            yield Mistake(
-                "trainer.ep",
-                f"{self.ep} does not divide {model.moe.num_experts} experts; use a power of two up to {model.moe.num_experts & -model.moe.num_experts}",
-            )
-        if model.num_attention_heads % self.tp:
-            yield Mistake(
-                "trainer.tp", f"{self.tp} does not divide {model.num_attention_heads} attention heads; use a divisor"
-            )
+            experts = model.moe.num_experts
+            yield Mistake("trainer.ep", f"{self.ep} does not divide {experts} experts; use one of {divisors(experts)}")
         if self.pp > 1:
             yield from self._stages(model.num_hidden_layers)
 
     def _stages(self, layers: int) -> Iterable[Mistake]:
+        """Pipeline stages of equal depth, except that the last may be told apart."""
         rest = layers if self.last_stage_layers is None else layers - self.last_stage_layers
         stages = self.pp if self.last_stage_layers is None else self.pp - 1
-        if rest <= 0 or rest % stages:
-            even = f"trainer.last_stage_layers={layers - (self.pp - 1) * -(-layers // self.pp)}"
-            yield Mistake(
-                "trainer.pp",
-                f"{layers} layers in {self.pp} stages{'' if self.last_stage_layers is None else f', {self.last_stage_layers} in the last'}"
-                f" do not split evenly; use {even}, or another trainer.pp",
-            )
+        if rest > 0 and rest % stages == 0:
+            return
+        last = "" if self.last_stage_layers is None else f", {self.last_stage_layers} of them in the last,"
+        remainder = layers - (self.pp - 1) * -(-layers // self.pp)
+        way = f"trainer.last_stage_layers={remainder} or " if remainder > 0 else ""
+        message = f"{layers} layers{last} do not split evenly over {self.pp} stages"
+        yield Mistake("trainer.pp", f"{message}; use {way}a trainer.pp that divides {layers}")
 
     def build(self, exp: Experiment, workers: Workers) -> Trainer:
         raise ConfigError([Mistake("trainer", f"megatron: {self.missing(exp)}")])
@@ -89,20 +84,18 @@ class MegatronTrainerSpec(TrainerSpec):
 
     def plan(self, exp: Experiment) -> list[dict[str, Any]]:
         world = exp.cluster.nodes * exp.cluster.gpus_per_node
-        data = world // (self.tp * self.pp * self.cp)
-        sizes = f"tp {self.tp} x pp {self.pp} x cp {self.cp} x dp {data}"
+        what = (
+            f"Megatron-core, tp {self.tp} x pp {self.pp} x cp {self.cp} x dp {world // (self.tp * self.pp * self.cp)}"
+        )
         if exp.model.moe:
-            sizes += (
-                f"; experts ep {self.ep} x etp {self.etp} x pp {self.pp} x dp {world // (self.etp * self.ep * self.pp)}"
-            )
-        last = "" if self.last_stage_layers is None else f"; last stage {self.last_stage_layers} layers"
-        return [
-            {
-                "role": "trainer rank",
-                "count": world,
-                "what": f"Megatron-core, {sizes}{last}, trains {exp.precision.name}",
-            }
-        ]
+            data = world // (self.etp * self.ep * self.pp)
+            what += f"; experts ep {self.ep} x etp {self.etp} x pp {self.pp} x dp {data}"
+        if self.last_stage_layers is not None:
+            what += f"; last stage {self.last_stage_layers} layers"
+        return [{"role": "trainer rank", "count": world, "what": f"{what}; trains {exp.precision.name}"}]
 
     def missing(self, exp: Experiment) -> str | None:
-        return "the Megatron-core trainer is not built in this version; type trainer=embedded rollout=embedded, or scale=laptop for a twin that runs anywhere"
+        return (
+            "the Megatron-core trainer is not built in this version; type trainer=embedded rollout=embedded, "
+            "or scale=laptop for a twin that runs anywhere"
+        )
