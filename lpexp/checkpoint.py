@@ -47,13 +47,13 @@ def describe(exp: Experiment, step: int, version: int, **more: Any) -> dict[str,
     return {"step": step, "version": version, "config_hash": exp.hash(), "experiment": exp.dump()} | more
 
 
-def save(run_dir: Path, step: int, state: Mapping[str, Any], write: Callable[[Path], None], keep: int) -> Path:
+def save(run_dir: Path, step: int, state: Mapping[str, Any], write: Callable[[Path], Any], keep: int) -> Path:
     """Write checkpoint `step` and return its directory; the `keep` newest stay, older ones go once this one verifies.
 
     `write` fills the empty directory it is given. Whatever it raises passes through; a disk error becomes a RunError
     that names the path. In both cases, and after a kill at any moment, the checkpoints that were there still are.
     """
-    folder = run_dir / FOLDER
+    folder = run_dir.absolute() / FOLDER  # workers may stand elsewhere
     final = folder / f"{step:06d}"
     temp = _temp(folder, final.name)
     try:
@@ -150,7 +150,7 @@ def verify(directory: Path) -> str | None:
 
 def newest(run_dir: Path, on_skip: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint that verifies, and its state; `on_skip` is told of each one passed over and why."""
-    for directory in _stored(run_dir / FOLDER):
+    for directory in _stored(run_dir.absolute() / FOLDER):
         wrong = verify(directory)
         if wrong is None:
             return directory, json.loads((directory / STATE).read_bytes())
