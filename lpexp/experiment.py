@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -23,7 +23,17 @@ from lpexp.task import Task
 from lpexp.trainer import TrainerSpec
 
 # Top-level keys that decide no number of a run: left out of its hash, free to differ on resume.
-MAY_CHANGE = ("output_dir", "resume", "resume_force", "dry_run", "stop_grace_s", "wandb", "checkpoint", "record", "cluster")
+MAY_CHANGE = (
+    "output_dir",
+    "resume",
+    "resume_force",
+    "dry_run",
+    "stop_grace_s",
+    "wandb",
+    "checkpoint",
+    "record",
+    "cluster",
+)
 
 
 class Reference(Spec):
@@ -101,7 +111,9 @@ class Experiment(Spec):
     def _precisions_fit(self) -> Iterator[Mistake]:
         """Each precision on this model: groups divide, scopes cover something, and the trainer's can train."""
         if not self.precision.trains:
-            yield Mistake("precision", f"{self.precision.name} only serves and exports; train another and serve it: rollout.precision={self.precision.name}")
+            name = self.precision.name
+            way = f"train another and type rollout.precision={name}"
+            yield Mistake("precision", f"{name} only serves and exports; {way}")
         model = self.model.sized()
         params = list(model.params())
         judged = [("precision", self.precision), ("rollout.precision", self.rollout.precision)]
@@ -116,10 +128,11 @@ class Experiment(Spec):
         model, longest = self.model.sized(), self.task.max_prompt + self.task.max_response
         if longest > model.max_position_embeddings:
             room = model.max_position_embeddings - self.task.max_prompt
-            way = f"use task.max_response={room}" if room > 0 else f"use task.max_prompt below {model.max_position_embeddings}"
+            way = f"task.max_response={room}" if room > 0 else f"task.max_prompt < {model.max_position_embeddings}"
             yield Mistake(
                 "task.max_response",
-                f"task.max_prompt {self.task.max_prompt} + {self.task.max_response} is more than the model's {model.max_position_embeddings} positions; {way}",
+                f"task.max_prompt {self.task.max_prompt} + {self.task.max_response} is more than "
+                f"the {model.max_position_embeddings} positions of {model.name}; use {way}",
             )
 
     @rule
@@ -136,7 +149,8 @@ class Experiment(Spec):
         if prompts % updates:
             yield Mistake(
                 "algorithm.updates_per_batch",
-                f"{updates} optimiser steps cannot share task.prompts_per_step {prompts} equally; use one of {divisors(prompts)}",
+                f"{updates} optimiser steps cannot share task.prompts_per_step {prompts} equally; "
+                f"use one of {divisors(prompts)}",
             )
 
     @rule
@@ -146,27 +160,32 @@ class Experiment(Spec):
         model = self.model.sized()
         needed = CharTokenizer().vocab_size
         if model.path is None and model.vocab_size < needed:
-            yield Mistake("model.vocab_size", f"{model.vocab_size} is less than the {needed} symbols of the character tokenizer; use {needed}")
+            message = f"{model.vocab_size} is less than the {needed} symbols of the character tokenizer; use {needed}"
+            yield Mistake("model.vocab_size", message)
 
     @rule
     def _model_path_is_a_model(self) -> Iterator[Mistake]:
         path = self.model.sized().path
         if path is None:
             return
-        needs = ("config.json", "tokenizer.json")
+        way = "name a Hugging Face model directory, or type model.path=null for a random start"
         if not Path(path).is_dir():
-            yield Mistake("model.path", f"{path} is not a directory; name one with {', '.join(needs)} and *.safetensors, or model.path=null for a random start")
+            yield Mistake("model.path", f"{path} is no directory; {way}")
             return
-        lacking = [name for name in needs if not os.access(Path(path) / name, os.R_OK)]
+        lacking = [name for name in ("config.json", "tokenizer.json") if not os.access(Path(path) / name, os.R_OK)]
         if not any(Path(path).glob("*.safetensors")):
             lacking.append("*.safetensors")
         if lacking:
-            yield Mistake("model.path", f"{path} has no readable {', '.join(lacking)}; name a Hugging Face model directory, or model.path=null for a random start")
+            yield Mistake("model.path", f"{path} has no readable {', '.join(lacking)}; {way}")
 
     @rule
     def _backends_agree(self) -> Iterator[Mistake]:
         yield from self.trainer.judge(self)
         yield from self.rollout.judge(self)
+
+    @rule
+    def _task_fits(self) -> Iterator[Mistake]:
+        yield from self.task.judge(self)
 
     def hash(self) -> str:
         """16 hex digits of everything that decides the numbers; where a run writes and how it resumes is left out."""

@@ -105,13 +105,21 @@ class Model(Spec):
                 f"use one of {divisors(self.num_attention_heads)}",
             )
         if self.moe and self.moe.top_k > self.moe.num_experts:
-            yield Mistake("moe.top_k", f"{self.moe.top_k} of {self.moe.num_experts} experts; use at most {self.moe.num_experts}")
+            yield Mistake(
+                "moe.top_k", f"{self.moe.top_k} of {self.moe.num_experts} experts; use at most {self.moe.num_experts}"
+            )
         if self.moe and self.moe.num_experts % self.moe.num_groups:
-            yield Mistake("moe.num_groups", f"{self.moe.num_groups} does not divide moe.num_experts {self.moe.num_experts}")
+            yield Mistake(
+                "moe.num_groups", f"{self.moe.num_groups} does not divide moe.num_experts {self.moe.num_experts}"
+            )
         if (self.architecture in ("qwen3_moe", "deepseek_v3")) != (self.moe is not None):
-            yield Mistake("moe", f"architecture {self.architecture} {'has' if self.moe is None else 'has no'} routed experts")
+            yield Mistake(
+                "moe", f"architecture {self.architecture} {'has' if self.moe is None else 'has no'} routed experts"
+            )
         if (self.architecture == "deepseek_v3") != (self.mla is not None):
-            yield Mistake("mla", f"architecture {self.architecture} {'needs' if self.mla is None else 'has no'} latent attention")
+            yield Mistake(
+                "mla", f"architecture {self.architecture} {'needs' if self.mla is None else 'has no'} latent attention"
+            )
         if self.head_dim % 2:
             yield Mistake("head_dim", f"{self.head_dim} is odd; rotary embedding needs an even one")
 
@@ -131,7 +139,11 @@ class Model(Spec):
             yield Param(f"{at}.input_layernorm.weight", (h,), "norm")
             yield from self._attention(f"{at}.self_attn")
             yield Param(f"{at}.post_attention_layernorm.weight", (h,), "norm")
-            yield from self._experts(f"{at}.mlp") if self.is_moe_layer(layer) else _mlp(f"{at}.mlp", h, self.intermediate_size, "mlp")
+            yield from (
+                self._experts(f"{at}.mlp")
+                if self.is_moe_layer(layer)
+                else _mlp(f"{at}.mlp", h, self.intermediate_size, "mlp")
+            )
         yield Param("model.norm.weight", (h,), "norm")
         if not self.tie_word_embeddings:
             yield Param("lm_head.weight", (self.vocab_size, h), "head")
@@ -149,7 +161,11 @@ class Model(Spec):
                 yield Param(f"{at}.q_b_proj.weight", (heads * qk, mla.q_lora_rank), "attn_qkv")
             yield Param(f"{at}.kv_a_proj_with_mqa.weight", (mla.kv_lora_rank + mla.qk_rope_head_dim, h), "attn_qkv")
             yield Param(f"{at}.kv_a_layernorm.weight", (mla.kv_lora_rank,), "norm")
-            yield Param(f"{at}.kv_b_proj.weight", (heads * (mla.qk_nope_head_dim + mla.v_head_dim), mla.kv_lora_rank), "attn_qkv")
+            yield Param(
+                f"{at}.kv_b_proj.weight",
+                (heads * (mla.qk_nope_head_dim + mla.v_head_dim), mla.kv_lora_rank),
+                "attn_qkv",
+            )
             yield Param(f"{at}.o_proj.weight", (h, heads * mla.v_head_dim), "attn_out")
             return
         q, kv = heads * self.head_dim, self.num_key_value_heads * self.head_dim

@@ -55,14 +55,14 @@ class EmbeddedTrainerSpec(TrainerSpec):
     def _tree(self) -> Iterator[Mistake]:
         for key, value in (("micro_batches", self.micro_batches), ("ranks", self.ranks)):
             if value & (value - 1):
-                yield Mistake(
-                    key,
-                    f"{value} is not a power of two, which the order of gradient sums needs; use {1 << value.bit_length() - 1} or {1 << value.bit_length()}",
-                )
+                below = 1 << value.bit_length() - 1
+                why = "is not a power of two, which the order of gradient sums needs"
+                yield Mistake(key, f"{value} {why}; use {below} or {2 * below}")
         if self.ranks > self.micro_batches:
             yield Mistake(
                 "ranks",
-                f"{self.ranks} ranks for micro_batches {self.micro_batches}: some would idle; use at most {self.micro_batches} or raise trainer.micro_batches",
+                f"{self.ranks} ranks for micro_batches {self.micro_batches}: some would idle; "
+                f"use at most {self.micro_batches} or raise trainer.micro_batches",
             )
 
     def judge(self, exp: Experiment) -> Iterable[Mistake]:
@@ -70,16 +70,16 @@ class EmbeddedTrainerSpec(TrainerSpec):
         if batch % self.micro_batches:
             yield Mistake(
                 "trainer.micro_batches",
-                f"{self.micro_batches} does not divide the {batch} samples of an optimiser batch (prompts x samples / updates); "
-                f"use {batch & -batch} or a smaller power of two",
+                f"{self.micro_batches} does not divide the {batch} samples of an optimiser batch "
+                f"(prompts x samples / updates); use {batch & -batch} or a smaller power of two",
             )
         params, gpus = exp.model.sized().num_params(), exp.cluster.gpus_per_node
         most = MOST_PARAMS_GPU if gpus else MOST_PARAMS_CPU
         if params > most:
             yield Mistake(
                 "trainer",
-                f"embedded: every rank holds all of {exp.model.name}'s {params / 1e9:.3g}e9 parameters, and their optimiser state; "
-                f"at most {most / 1e9:.3g}e9 are sensible here; type scale=laptop for its small twin",
+                f"embedded: every rank holds all {params / 1e9:.3g}e9 parameters of {exp.model.name} and their "
+                f"optimiser state; at most {most / 1e9:.3g}e9 are sensible here; type scale=laptop for its small twin",
             )
 
     def build(self, exp: Experiment, workers: Workers) -> EmbeddedTrainer:
