@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
@@ -17,8 +17,10 @@ from pydantic import Field
 
 from lpexp.config import Spec
 from lpexp.data import Group, Prompt
+from lpexp.errors import Mistake
 
 if TYPE_CHECKING:
+    from lpexp.experiment import Experiment
     from lpexp.model.tokenizer import Tokenizer
 
 HELD_OUT = 1 << 31  # ids of held-out prompts start here
@@ -57,6 +59,13 @@ class Task(Spec):
     def supply(self) -> tuple[int, int] | None:
         """How many training and held-out prompts there are; None when the task cannot say."""
         return None
+
+    def judge(self, exp: Experiment) -> Iterable[Mistake]:
+        """Mistakes between this task and the rest of the experiment, under their full keys."""
+        supply = self.supply()
+        if supply is not None and exp.eval.prompts > supply[1]:
+            message = f"{exp.eval.prompts} is more than the {supply[1]} held-out prompts of task {self.name}"
+            yield Mistake("eval.prompts", f"{message}; use at most {supply[1]}")
 
     def examples(self, seed: int, step: int, count: int, tokenizer: Tokenizer) -> list[tuple[Prompt, str]]:
         """`count` training prompts with their right answers, for the warm-up; empty when the task has none."""

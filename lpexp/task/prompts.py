@@ -28,6 +28,7 @@ from lpexp.errors import ConfigError, Mistake
 from lpexp.task import HELD_OUT, Score, Task, is_held_out, words
 
 if TYPE_CHECKING:
+    from lpexp.experiment import Experiment
     from lpexp.model.tokenizer import Tokenizer
 
 SHOWN = 3  # bad rows that are named one by one
@@ -62,6 +63,11 @@ class Prompts(Task):
 
     def supply(self) -> tuple[int, int]:
         return len(self._rows(False)), len(self._rows(True))
+
+    def judge(self, exp: Experiment) -> Iterator[Mistake]:
+        yield from super().judge(exp)
+        if exp.model.sized().path is None:
+            yield from self._fits_characters()
 
     def train(self, seed: int, step: int, tokenizer: Tokenizer) -> list[Prompt]:
         kept = _tokenize(self, False, tokenizer)  # pyright: ignore[reportArgumentType]  # frozen: hashes
@@ -137,6 +143,26 @@ class Prompts(Task):
     def _no_warmup(self) -> Iterator[Mistake]:
         if self.warmup is not None:
             yield Mistake("warmup", "labels are no full answers to warm up on; use task.warmup=null")
+
+    def _fits_characters(self) -> Iterator[Mistake]:
+        """A model that starts from scratch reads characters: no chat, and no character outside the table."""
+        from lpexp.model.tokenizer import CharTokenizer
+
+        if self.chat_template:
+            message = "true, but a model without model.path has the character tokenizer, which has no chat template"
+            yield Mistake("task.chat_template", f"{message}; use false, or set model.path")
+            return
+        for key, held_out in (
+            ("task.path", False),
+            ("task.held_out_path" if self.held_out_path else "task.path", True),
+        ):
+            for row in self._rows(held_out):
+                try:
+                    CharTokenizer().encode(row.text)
+                except ValueError as error:
+                    path = self.held_out_path if key == "task.held_out_path" else self.path
+                    yield Mistake(key, f"{path}, line {row.line}: {error}; a model without model.path knows no others")
+                    return
 
     def _rows(self, held_out: bool) -> list[Row]:
         """The rows of one side of the split."""
@@ -313,11 +339,7 @@ def _tokenize(task: Prompts, held_out: bool, tokenizer: Tokenizer) -> list[tuple
     kept = []
     for row in rows:
         asked = row.prompt if isinstance(row.prompt, str) else [{"role": r, "content": c} for r, c in row.prompt]
-        try:
-            tokens = tuple(tokenizer.encode_prompt(asked, chat=task.chat_template))
-        except ValueError as error:  # a character that the tokenizer lacks
-            path = task.held_out_path if held_out and task.held_out_path else task.path
-            raise ConfigError([Mistake("task.path", f"{path}, line {row.line}: {error}")]) from None
+        tokens = tuple(tokenizer.encode_prompt(asked, chat=task.chat_template))
         if len(tokens) <= task.max_prompt:
             kept.append((row, tokens))
     if len(kept) < len(rows):

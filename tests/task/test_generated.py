@@ -218,7 +218,7 @@ def test_scoring_decodes_the_tokens_up_to_the_stop_token() -> None:
             {"max_response": 6},
             r"max_response: 6 is less than .* 6 characters and its stop token; use 7",
         ),
-        ("sort_letters", {"lenght": 5}, r"lenght: unknown key -- did you mean 'length'\?"),
+        ("sort_letters", {"lenght": 5}, r"lenght: unknown key.* -- did you mean 'length'\?"),
         ("add", {"max_response": 3}, r"max_response: 3 is less than .* 3 characters and its stop token; use 4"),
         ("add", {"digits": 0}, r"digits: .*greater than or equal to 1"),
         (

@@ -15,6 +15,7 @@ import pytest
 from lpexp.config import load
 from lpexp.data import Group, Prompt, Sample
 from lpexp.errors import ConfigError
+from lpexp.frontend import experiment
 from lpexp.model.tokenizer import STOP, CharTokenizer
 from lpexp.task import HELD_OUT, is_held_out
 from lpexp.task.prompts import Prompts, last_boxed, math_equal
@@ -128,11 +129,40 @@ def test_when_every_prompt_is_too_long_the_run_is_refused(path: str) -> None:
         make(path, max_prompt=2).train(0, 0, CHAR)
 
 
-def test_a_character_that_the_tokenizer_lacks_is_refused_with_its_line(write: Write) -> None:
-    task = make(write([*ROWS, {"prompt": "What?", "label": 1}]))
-    with pytest.raises(ConfigError, match=r"questions\.jsonl, line 101: 'W' is not in the character table"):
-        task.train(0, 0, CHAR)
-        task.held_out(0, 1, CHAR)
+# -- with the rest of the experiment --
+SMALL = ("task=prompts", "task.prompts_per_step=8", "task.max_prompt=16", "task.max_response=16", "eval.prompts=5")
+
+
+def judged(*typed: str) -> str:
+    """What the front end says of a composed config."""
+    with pytest.raises(ConfigError) as caught:
+        experiment(*SMALL, *typed)
+    return str(caught.value)
+
+
+def test_a_character_that_the_tokenizer_lacks_is_refused_with_its_line_before_the_run(write: Write) -> None:
+    path = write([*ROWS, {"prompt": "What?", "label": 1}])
+    said = judged(f"task.path={path}", "task.chat_template=false")
+    assert f"task.path: {path}, line 101: 'W' is not in the character table" in said
+
+
+def test_chat_with_a_model_that_starts_from_scratch_is_refused_before_the_run(path: str) -> None:
+    assert "task.chat_template: true, but a model without model.path has the character tokenizer" in judged(
+        f"task.path={path}"
+    )
+
+
+def test_more_evaluation_prompts_than_are_held_out_are_refused_before_the_run(path: str) -> None:
+    said = judged(f"task.path={path}", "task.chat_template=false", "eval.prompts=90")
+    held_out = make(path).supply()[1]
+    assert (
+        f"eval.prompts: 90 is more than the {held_out} held-out prompts of task prompts; use at most {held_out}" in said
+    )
+
+
+def test_a_file_that_fits_is_accepted(path: str) -> None:
+    exp = experiment(*SMALL, f"task.path={path}", "task.chat_template=false")
+    assert sum(exp.task.supply() or ()) == 100
 
 
 # -- splitting and shuffling --
@@ -372,7 +402,7 @@ def test_the_config_keeps_its_key_reward_through_dump_and_load(path: str) -> Non
     task = make(path, reward=f"{HERE}:same")
     assert task.dump()["reward"] == f"{HERE}:same"
     assert load(task.dump(), Prompts) == task
-    with pytest.raises(ConfigError, match=r"rewards: unknown key -- did you mean 'reward'\?"):
+    with pytest.raises(ConfigError, match=r"rewards: unknown key.* -- did you mean 'reward'\?"):
         make(path, rewards="math")
 
 
