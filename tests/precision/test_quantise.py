@@ -86,15 +86,16 @@ def test_memory_layout_and_type_of_the_weight_do_not_change_a_byte(precision):
     wide[:, 5:133] = w
     for same in (w.t().contiguous().t(), wide[:, 5:133], w.to(torch.bfloat16), w.double()):
         found = precision.quantize(same)
-        assert all(np.array_equal(bits(found[k]) if k != "weight_shape" else found[k], bits(v) if k != "weight_shape" else v) for k, v in expected.items())
+        assert found.keys() == expected.keys()
+        for key in expected:
+            assert torch.equal(found[key].view(torch.uint8), expected[key].view(torch.uint8)), key
 
 
 def test_the_16_bit_weight_is_quantised_and_not_the_master():
     master = torch.randn(256, 256, generator=torch.Generator().manual_seed(1))
     for precision in (FP32, POW2, *GRIDS):
-        assert torch.equal(
-            precision.dequantize(precision.quantize(master)), precision.dequantize(precision.quantize(numeric.bf16(master)))
-        )
+        of_master, of_rounded = (precision.dequantize(precision.quantize(w)) for w in (master, numeric.bf16(master)))
+        assert torch.equal(of_master, of_rounded)
     codes, _ = numeric.quantize_tiles(master, False)
     changed = (codes.view(torch.uint8) != FP32.quantize(master)["weight"].view(torch.uint8)).float().mean().item()
     assert 0.01 < changed < 0.04  # 2.1 % measured: the rule has something to decide
@@ -159,7 +160,7 @@ def test_the_clamp_is_idle_with_divisor_7_and_fires_with_7_5():
     codes, scale = numeric.quantize_groups(w, 32, 7.0, -100, 100)
     assert codes.abs().max() == 7
     ratio = amax[:, 0] / scale[:, 0].float()
-    assert 6.976 < ratio.min() and ratio.max() < 7.024
+    assert ratio.min() > 6.976 and ratio.max() < 7.024
     codes, _ = numeric.quantize_groups(w, 32, 7.5, -100, 100)
     assert codes.max() == 8
 
@@ -274,7 +275,7 @@ def test_parts_of_another_group_size_or_type_are_refused():
     parts = Int4Qat(name="int4_qat", group_size=32).quantize(random_weight(4, 128))
     with pytest.raises(RunError, match="not bf16 in groups of 64"):
         Int4Qat(name="int4_qat", group_size=64).dequantize(parts)
-    with pytest.raises(RunError, match="weight_scale is torch.float32"):
+    with pytest.raises(RunError, match=r"weight_scale is torch\.float32"):
         Int4Qat(name="int4_qat", group_size=32).dequantize(parts | {"weight_scale": parts["weight_scale"].float()})
     with pytest.raises(RunError, match="not int32 of a weight"):
         Int4Qat(name="int4_qat", group_size=32).dequantize(parts | {"weight_shape": torch.tensor([4, 256])})
