@@ -38,7 +38,8 @@ def _judge_scope(value: Any) -> str | tuple[str, ...]:
         return value
     if isinstance(value, list | tuple) and value and all(isinstance(name, str) for name in value):
         return tuple(value)
-    raise PydanticCustomError("scope", f"should be {", ".join(SCOPES)}, or a list of module classes or tensor names")
+    names = ", ".join(SCOPES)
+    raise PydanticCustomError("scope", f"should be {names}, or a list of module classes or tensor names")
 
 
 # "auto", "experts", "linears", or names: module classes ("attn_qkv") and whole tensors.
