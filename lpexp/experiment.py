@@ -15,9 +15,9 @@ from lpexp.algorithm import Algorithm
 from lpexp.cluster import Cluster
 from lpexp.config import Spec, rule
 from lpexp.correction import Correction
-from lpexp.errors import Mistake
+from lpexp.errors import ConfigError, Mistake
 from lpexp.model import Model, divisors
-from lpexp.precision import Precision
+from lpexp.precision import Precision, from_hf
 from lpexp.rollout import RolloutSpec
 from lpexp.task import Task
 from lpexp.trainer import TrainerSpec
@@ -179,6 +179,31 @@ class Experiment(Spec):
             yield Mistake("model.path", f"{path} has no readable {', '.join(lacking)}; {way}")
 
     @rule
+    def _checkpoint_agrees(self) -> Iterator[Mistake]:
+        """A served checkpoint fixes the rollout's precision; serving it as another one would re-quantise in silence."""
+        if self.rollout.checkpoint is None:
+            return
+        at, moe = Path(self.rollout.checkpoint) / "config.json", self.model.moe is not None
+        params = list(self.model.params()) if self.model.scale == "full" else []
+        try:
+            quantised = json.loads(at.read_text()).get("quantization_config")
+            found = from_hf(quantised, params, moe) if quantised else self.wire.plain
+        except (OSError, ValueError, ConfigError) as error:
+            why = error.strerror if isinstance(error, OSError) else f"{error}"
+            yield Mistake("rollout.checkpoint", f"{at} cannot be read: {why}; name a served model directory, or null")
+            return
+        if found.format() == self.wire.format() and found.contract(params, moe) == self.wire.contract(params, moe):
+            return
+        key = "precision" if self.rollout.precision is None else "rollout.precision"
+        fields = type(found).model_fields
+        told = self.wire if type(found) is type(self.wire) else None
+        changed = {n: v for n, v in found if n != "name" and v != (getattr(told, n) if told else fields[n].default)}
+        typed = [f"{key}={found.name}", *(f"{key}.{name}={_typed(value)}" for name, value in changed.items())]
+        other = f"{found.name} with other fields" if told else found.name
+        message = f"{self.rollout.checkpoint} holds {other}, this run serves {self.wire.name}"
+        yield Mistake("rollout.checkpoint", f"{message}; type {' '.join(typed)}")
+
+    @rule
     def _backends_agree(self) -> Iterator[Mistake]:
         yield from self.trainer.judge(self)
         yield from self.rollout.judge(self)
@@ -191,3 +216,8 @@ class Experiment(Spec):
         """16 hex digits of everything that decides the numbers; where a run writes and how it resumes is left out."""
         kept = {key: value for key, value in self.dump().items() if key not in MAY_CHANGE}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _typed(value: object) -> str:
+    """A value as it is typed on the command line."""
+    return f"[{','.join(map(str, value))}]" if isinstance(value, list | tuple) else str(value)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -34,7 +34,7 @@ class EmbeddedRolloutSpec(RolloutSpec):
 
     engines: int = Field(ge=1)
     slots: int = Field(ge=1)
-    device: str  # auto | cpu | cuda
+    device: Literal["auto", "cpu", "cuda"]
 
     def build(self, exp: Experiment, workers: Workers) -> EmbeddedRollout:
         return EmbeddedRollout(exp, self, workers)

@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -43,7 +43,7 @@ class EmbeddedTrainerSpec(TrainerSpec):
 
     ranks: int = Field(ge=1)
     micro_batches: int = Field(ge=1)
-    device: str  # auto | cpu | cuda
+    device: Literal["auto", "cpu", "cuda"]
     lr: float = Field(ge=0)
     betas: tuple[float, float] = Field(strict=False)
     eps: float = Field(gt=0)
@@ -66,8 +66,9 @@ class EmbeddedTrainerSpec(TrainerSpec):
             )
 
     def judge(self, exp: Experiment) -> Iterable[Mistake]:
-        batch = exp.task.prompts_per_step * exp.algorithm.samples_per_prompt // exp.algorithm.updates_per_batch
-        if batch % self.micro_batches:
+        samples = exp.task.prompts_per_step * exp.algorithm.samples_per_prompt
+        batch = samples // exp.algorithm.updates_per_batch
+        if batch * exp.algorithm.updates_per_batch == samples and batch % self.micro_batches:
             yield Mistake(
                 "trainer.micro_batches",
                 f"{self.micro_batches} does not divide the {batch} samples of an optimiser batch "
