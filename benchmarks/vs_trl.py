@@ -232,11 +232,7 @@ def summary(medians: dict[str, list[float]], args: argparse.Namespace) -> dict[s
     seconds = {arm: statistics.median(values) for arm, values in medians.items()}
     trl = {arm: value for arm, value in seconds.items() if arm in TRL_ARMS}
     fastest = min(trl, key=trl.__getitem__) if trl else None
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip() or None,
-        "machine": {"cores": os.cpu_count(), "processor": processor(), "python": platform.python_version()},
+    return provenance() | {
         "steps": args.steps,
         "skip": args.skip,
         "repeats": args.repeats,
@@ -245,6 +241,15 @@ def summary(medians: dict[str, list[float]], args: argparse.Namespace) -> dict[s
         "fastest_trl": fastest,
         "ratio": {arm: seconds[arm] / trl[fastest] for arm in LPEXP_ARMS if arm in seconds and fastest},
     }
+
+
+def provenance() -> dict[str, Any]:
+    """When, of which commit and on what machine: without these a number means nothing."""
+    words = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    commit = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    machine = {"cores": os.cpu_count(), "processor": processor(), "python": platform.python_version()}
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"date": now, "commit": commit.stdout.strip() or None, "machine": machine}
 
 
 def processor() -> str:
