@@ -63,7 +63,11 @@ class Workers:
         self.cluster, self.event, self.run_dir = cluster, event, run_dir
         self.handles: list[Handle] = []
         self.scratch = Path(tempfile.mkdtemp(prefix="lpexp-"))  # rendezvous files; gone at close
+        self._guardian = None
         if cluster.kind == "ray":
+            from lpexp.guardian import Guardian
+
+            self._guardian = Guardian()
             _open_ray(cluster)
 
     def spawn(self, name: str, kind: type, *args: Any, env: dict[str, str] | None = None) -> Handle:
@@ -89,6 +93,8 @@ class Workers:
             import ray
 
             ray.shutdown()
+        if self._guardian is not None:
+            self._guardian.release()
         self.handles.clear()
         shutil.rmtree(self.scratch)
 

@@ -52,7 +52,7 @@ class Live:
         """Wait until this many steps are logged; remember every process of the run."""
         give_up = time.monotonic() + timeout_s
         while self.lines() < lines:
-            assert self.process.poll() is None, self.directory.with_suffix(".log").read_text()
+            assert self.process.poll() is None, self.said
             assert time.monotonic() < give_up, "the run stands still"
             time.sleep(0.02)
         self.family = [self.process_tree(), *self.process_tree().children(recursive=True)]
@@ -64,6 +64,10 @@ class Live:
         events = [json.loads(line) for line in (self.directory / "events.jsonl").read_text().splitlines()]
         return next(event["pids"][worker] for event in reversed(events) if event["kind"] == "workers")
 
+    @property
+    def said(self) -> str:
+        return self.directory.with_suffix(".log").read_text()
+
     def end(self, timeout_s: float = 150) -> int:
         code = self.process.wait(timeout_s)
         self.log.close()
@@ -74,80 +78,100 @@ class Live:
         assert not [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
-@pytest.fixture(scope="module", params=[0, 1], ids=["lag0", "lag1"])
-def undisturbed(request, tmp_path_factory) -> tuple[int, Path]:
-    """The same run, never killed."""
-    directory = tmp_path_factory.mktemp(f"lag{request.param}") / "whole"
-    live = Live(directory, *RUN, f"lag={request.param}")
-    assert live.end() == 0, directory.with_suffix(".log").read_text()
-    return request.param, directory
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """lag -> the directory of the same run, never killed, in one process."""
+    made: dict[int, Path] = {}
+
+    def run(lag: int) -> Path:
+        if lag not in made:
+            made[lag] = tmp_path_factory.mktemp(f"lag{lag}") / "whole"
+            finish(Live(made[lag], *RUN, f"lag={lag}", "cluster=inline"))
+        return made[lag]
+
+    return run
+
+
+def finish(live: Live) -> None:
+    assert live.end() == 0, live.said
 
 
 def same(a: Path, b: Path) -> bool:
     return compare(a, b, exact=True) == 0
 
 
-def test_an_engine_that_dies_is_healed_inside_the_run(undisturbed, tmp_path):
-    lag, whole = undisturbed
+def lags(*main_lane: int):
+    """Both lags are evidence; those named run in the main lane too."""
+    return pytest.mark.parametrize(
+        "lag", [pytest.param(lag, marks=[] if lag in main_lane else pytest.mark.evidence) for lag in (0, 1)]
+    )
+
+
+@lags(0, 1)
+def test_an_engine_that_dies_is_healed_inside_the_run(undisturbed, tmp_path, lag):
     live = Live(tmp_path / "run", *RUN, f"lag={lag}")
     live.until(3)
     os.kill(live.pid("engine-1"), signal.SIGKILL)
-    assert live.end() == 0
+    finish(live)
     healed = [event for event in Ran(0, live.directory).events if event["kind"] == "engine_healed"]
-    assert [event["engine"] for event in healed] == [1] * len(healed) and healed
-    assert same(whole, live.directory)
+    assert healed and {event["engine"] for event in healed} == {1}
+    assert same(undisturbed(lag), live.directory)
 
 
-@pytest.mark.parametrize("victim", ["driver", "trainer-1"])
-def test_a_killed_run_resumes_to_the_same_bytes(undisturbed, tmp_path, victim):
-    lag, whole = undisturbed
+@lags(1)
+def test_a_killed_driver_leaves_nothing_behind_and_resumes_to_the_same_bytes(undisturbed, tmp_path, lag):
     live = Live(tmp_path / "run", *RUN, f"lag={lag}")
     live.until(4)
-    os.kill(live.process.pid if victim == "driver" else live.pid(victim), signal.SIGKILL)
-    assert live.end() == (-signal.SIGKILL if victim == "driver" else 1)
+    os.kill(live.process.pid, signal.SIGKILL)
+    assert live.end() == -signal.SIGKILL
     live.assert_nothing_is_left()
-    if victim != "driver":
-        said = live.directory.with_suffix(".log").read_text()
-        assert f"{victim} died" in said and "resume=auto" in said and "Traceback" not in said
-    again = Live(live.directory, *RUN, f"lag={lag}", "resume=auto")
-    assert again.end() == 0, live.directory.with_suffix(".log").read_text()
-    assert same(whole, live.directory)
+    finish(Live(live.directory, *RUN, f"lag={lag}", "resume=auto"))
+    assert same(undisturbed(lag), live.directory)
 
 
-def test_a_driver_killed_inside_a_checkpoint_resumes_from_the_one_before(undisturbed, tmp_path):
-    lag, whole = undisturbed
+@lags(0)
+def test_a_killed_trainer_rank_is_named_and_the_run_resumes_to_the_same_bytes(undisturbed, tmp_path, lag):
+    live = Live(tmp_path / "run", *RUN, f"lag={lag}")
+    live.until(4)
+    os.kill(live.pid("trainer-1"), signal.SIGKILL)
+    assert live.end() == 1
+    live.assert_nothing_is_left()
+    assert "trainer-1 died" in live.said and "resume=auto" in live.said and "Traceback" not in live.said
+    finish(Live(live.directory, *RUN, f"lag={lag}", "resume=auto", "cluster=inline"))
+    assert same(undisturbed(lag), live.directory)
+
+
+@lags(0, 1)
+def test_a_driver_killed_inside_a_checkpoint_resumes_from_the_one_before(undisturbed, tmp_path, lag):
     code = DIES_IN_CHECKPOINT.format(step=4, root=str(ROOT))
-    live = Live(tmp_path / "run", *RUN, f"lag={lag}", code=code)
+    live = Live(tmp_path / "run", *RUN, f"lag={lag}", "cluster=inline", code=code)
     assert live.end() == -signal.SIGKILL
     assert sorted(path.name for path in (live.directory / "checkpoints").glob("0*")) == ["000002"]
-    again = Live(live.directory, *RUN, f"lag={lag}", "resume=auto")
-    assert again.end() == 0, live.directory.with_suffix(".log").read_text()
-    assert same(whole, live.directory)
+    finish(Live(live.directory, *RUN, f"lag={lag}", "cluster=inline", "resume=auto"))
+    assert same(undisturbed(lag), live.directory)
 
 
-def test_sigterm_stops_after_the_step_in_hand_and_leaves_nothing_behind(undisturbed, tmp_path):
-    lag, whole = undisturbed
-    live = Live(tmp_path / "run", *RUN, f"lag={lag}")
+@lags(0)
+def test_sigterm_stops_after_the_step_in_hand_and_resumes_to_the_same_bytes(undisturbed, tmp_path, lag):
+    live = Live(tmp_path / "run", *RUN, f"lag={lag}", "stop_grace_s=60")
     live.until(2)
     live.process.send_signal(signal.SIGTERM)
     assert live.end() == 143
     live.assert_nothing_is_left()
-    assert live.lines() < 7
-    again = Live(live.directory, *RUN, f"lag={lag}", "resume=auto")
-    assert again.end() == 0, live.directory.with_suffix(".log").read_text()
-    assert same(whole, live.directory)
+    assert live.lines() < 7 and "after the step in hand" in live.said
+    finish(Live(live.directory, *RUN, f"lag={lag}", "cluster=inline", "resume=auto"))
+    assert same(undisturbed(lag), live.directory)
 
 
-def test_a_step_that_outlasts_the_grace_is_dropped_and_replays_bitwise(undisturbed, tmp_path):
-    lag, whole = undisturbed
+@lags(1)
+def test_a_step_that_outlasts_the_grace_is_dropped_and_replays_bitwise(undisturbed, tmp_path, lag):
     live = Live(tmp_path / "run", *RUN, f"lag={lag}", "stop_grace_s=0")
     live.until(3)
     live.process.send_signal(signal.SIGINT)
     assert live.end() == 130
-    assert "was dropped" in live.directory.with_suffix(".log").read_text()
-    again = Live(live.directory, *RUN, f"lag={lag}", "resume=auto")
-    assert again.end() == 0, live.directory.with_suffix(".log").read_text()
-    assert same(whole, live.directory)
+    assert "was dropped" in live.said
+    finish(Live(live.directory, *RUN, f"lag={lag}", "cluster=inline", "resume=auto"))
+    assert same(undisturbed(lag), live.directory)
 
 
 def test_a_run_listens_on_loopback_only(tmp_path):
@@ -166,13 +190,11 @@ def test_a_run_listens_on_loopback_only(tmp_path):
     assert {ip for _, ip in listening} <= {"127.0.0.1", "::1"}, listening
 
 
+@lags(0)
 @pytest.mark.parametrize(
-    "words",
-    [("cluster=inline",), ("rollout.engines=1",), ("rollout.slots=5",), ("trainer.ranks=1",)],
-    ids=lambda words: words[0],
+    "words", [("rollout.slots=5",), ("rollout.engines=1", "trainer.ranks=1", "cluster=local")], ids=str
 )
-def test_workers_and_slots_change_no_number(undisturbed, tmp_path, words):
-    lag, whole = undisturbed
-    live = Live(tmp_path / "run", *RUN, f"lag={lag}", *words)
-    assert live.end() == 0, live.directory.with_suffix(".log").read_text()
-    assert same(whole, live.directory)
+def test_workers_and_slots_change_no_number(undisturbed, tmp_path, words, lag):
+    live = Live(tmp_path / "run", *RUN, f"lag={lag}", "cluster=inline", *words)
+    finish(live)
+    assert same(undisturbed(lag), live.directory)
