@@ -8,6 +8,7 @@ Source: docs/precisions.md; formats are OCP OFP8 (e4m3, no infinity) and compres
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -171,35 +172,36 @@ def quantize_e4m3(x: Tensor, dim: int, floor: float, pow2: bool) -> tuple[Tensor
 
     A block with a NaN or an infinity is poisoned: all its codes are NaN, its scale is 1, so that the loss shows it.
     """
-    codes = torch.empty_like(x)
-    step = max(CHUNK // max(x[0].numel(), 1), 1) if len(x) and not x.is_cuda else max(len(x), 1)
-    scales = [_quantize_into(c, p, dim, floor, pow2) for c, p in zip(codes.split(step), x.split(step), strict=True)]
-    return codes, torch.cat(scales)
+    if x.is_cuda or x.numel() <= CHUNK:
+        return _quantize(x, torch.empty_like(x), dim, floor, pow2)
+    codes, step = torch.empty_like(x), max(CHUNK // x[0].numel(), 1)
+    chunks = zip(x.split(step), codes.split(step), strict=True)
+    return codes, torch.cat([_quantize(part, into, dim, floor, pow2)[1] for part, into in chunks])
 
 
-def _quantize_into(codes: Tensor, x: Tensor, dim: int, floor: float, pow2: bool) -> Tensor:
+def _quantize(x: Tensor, codes: Tensor, dim: int, floor: float, pow2: bool) -> tuple[Tensor, Tensor]:
     amax = x.abs().amax(dim, keepdim=True)
     scale = scale_e4m3(amax, floor, pow2)
     round_e4m3_(torch.div(x, scale, out=codes).clamp_(-E4M3_MAX, E4M3_MAX))
-    poisoned = ~torch.isfinite(amax)
-    if x.is_cuda or bool(poisoned.any()):  # on a GPU looking would cost a synchronisation
+    if x.is_cuda or (x.numel() and not math.isfinite(amax.max())):  # on a GPU looking would cost a synchronisation
+        poisoned = ~torch.isfinite(amax)
         codes.masked_fill_(poisoned, float("nan"))
         scale.masked_fill_(poisoned, 1.0)
-    return scale
+    return codes, scale
 
 
 def quantize_rows(x: Tensor, floor: float, pow2: bool) -> tuple[Tensor, Tensor]:
     """[M, K] in blocks of 1 x 128 along K -> codes [M, K], scales [M, ceil(K / 128)]."""
     rows, cols = x.shape
     padded = pad_to(x, 1, BLOCK)
-    codes, scale = quantize_e4m3(padded.view(rows, -1, BLOCK), 2, floor, pow2)
+    codes, scale = quantize_e4m3(padded.view(rows, padded.shape[1] // BLOCK, BLOCK), 2, floor, pow2)
     return codes.view(padded.shape)[:, :cols], scale.squeeze(2)
 
 
 def quantize_columns(x: Tensor, floor: float, pow2: bool) -> tuple[Tensor, Tensor]:
     """[M, K] in blocks of 128 x 1 along M -> codes [B, 128, K] with zero rows at the end, scales [B, K]."""
     padded = pad_to(x, BLOCK, 1)
-    codes, scale = quantize_e4m3(padded.view(-1, BLOCK, x.shape[1]), 1, floor, pow2)
+    codes, scale = quantize_e4m3(padded.view(padded.shape[0] // BLOCK, BLOCK, x.shape[1]), 1, floor, pow2)
     return codes, scale.squeeze(1)
 
 
@@ -223,11 +225,12 @@ def block_matmul(q_x: Tensor, s_x: Tensor, q_w: Tensor, s_w: Tensor) -> Tensor:
 
     q_x [M, K], s_x [M, B], q_w [N, K], s_w [B, N] -> y [M, N]; y_b = fma(P_b * s_x, s_w, y_(b-1)), P_b in float32.
     """
-    y = q_x.new_zeros(q_x.shape[0], q_w.shape[0])
+    y = None
     for b in range(s_x.shape[1]):
         k = slice(b * BLOCK, (b + 1) * BLOCK)
-        part = matmul(q_x[:, k], q_w[:, k])  # [M, 128] @ [128, N]
-        y.addcmul_(part.mul_(s_x[:, b, None]), s_w[b])
+        part = matmul(q_x[:, k], q_w[:, k]).mul_(s_x[:, b, None])  # [M, 128] @ [128, N]
+        y = part.mul_(s_w[b]) if y is None else y.addcmul_(part, s_w[b])  # a first sum, onto 0, is a product
+    assert y is not None
     return y
 
 

@@ -19,11 +19,12 @@ import torch
 import yaml
 from torch import Tensor
 
+import lpexp.precision
 from lpexp.config import load
 from lpexp.data import Param
 from lpexp.errors import NonFiniteWeightError
 from lpexp.model import Model
-from lpexp.precision import Parts, Precision, from_hf, numeric
+from lpexp.precision import Parts, Precision, from_hf
 
 ROOT = Path(__file__).parents[2]
 CARDS = sorted((ROOT / "conf/precision").glob("*.yaml"))
@@ -120,6 +121,15 @@ def linear_and_serve_agree_bitwise_for_any_number_of_rows(precision: Precision) 
             assert torch.equal(precision.linear(part, weight, operand), expected), rows
             assert torch.equal(precision.linear(part, weight), expected), rows
     assert torch.equal(precision.serve(x.view(4, 64, IN), operand).view(-1, OUT), everything)
+
+
+def an_expert_without_tokens_computes_nothing_and_gets_no_gradient(precision: Precision) -> None:
+    weight = inputs(precision)["random"].clone().requires_grad_()
+    x = torch.zeros(0, IN, requires_grad=True)
+    y = precision.linear(x, weight)
+    assert y.shape == (0, OUT)
+    y.sum().backward()
+    assert weight.grad is not None and not weight.grad.any() and x.grad is not None and x.grad.shape == (0, IN)
 
 
 def head_and_router_sums_agree_bitwise_for_any_number_of_rows(precision: Precision) -> None:
@@ -219,7 +229,7 @@ def judging_it_imports_no_torch(precision: Precision) -> None:
     """Config, coverage, contract and the neighbours' data come without torch."""
     if type(precision).__module__.split(".")[:2] != ["lpexp", "precision"]:
         raise AssertionError("a precision is one file in lpexp/precision/")
-    paths = [str(Path(p).resolve()) for p in __import__("lpexp.precision").precision.__path__]
+    paths = [str(Path(p).resolve()) for p in lpexp.precision.__path__]
     program = (
         f"import sys, lpexp.precision as package\npackage.__path__[:] = {paths!r}\n"
         "from lpexp.data import Param\n"
@@ -235,6 +245,7 @@ CHECKS: list[Callable[[Precision], None]] = [
     trainer_exporter_engine_and_reload_hold_the_same_bytes,
     one_changed_byte_changes_what_is_served,
     linear_and_serve_agree_bitwise_for_any_number_of_rows,
+    an_expert_without_tokens_computes_nothing_and_gets_no_gradient,
     head_and_router_sums_agree_bitwise_for_any_number_of_rows,
     linear_multiplies_with_the_served_weight,
     gradients_reach_every_input_and_every_weight,
@@ -246,5 +257,3 @@ CHECKS: list[Callable[[Precision], None]] = [
     stats_are_finite_numbers_of_the_metric_dictionary,
     judging_it_imports_no_torch,
 ]
-
-__all__ = ["CARDS", "CHECKS", "from_card", "model", "numeric", "params"]

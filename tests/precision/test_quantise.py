@@ -91,6 +91,16 @@ def test_memory_layout_and_type_of_the_weight_do_not_change_a_byte(precision):
             assert torch.equal(found[key].view(torch.uint8), expected[key].view(torch.uint8)), key
 
 
+def test_quantising_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch):
+    x = random_weight(300, 512, kind="mixture")
+    x[250, 500] = float("inf")
+    expected = [f(x, numeric.FLOOR, True) for f in (numeric.quantize_rows, numeric.quantize_columns)]
+    monkeypatch.setattr(numeric, "CHUNK", 1000)
+    found = [f(x, numeric.FLOOR, True) for f in (numeric.quantize_rows, numeric.quantize_columns)]
+    for pair, same in zip(expected, found, strict=True):
+        assert all(np.array_equal(a.numpy(), b.numpy(), equal_nan=True) for a, b in zip(pair, same, strict=True))
+
+
 def test_the_16_bit_weight_is_quantised_and_not_the_master():
     master = torch.randn(256, 256, generator=torch.Generator().manual_seed(1))
     for precision in (FP32, POW2, *GRIDS):
