@@ -414,7 +414,7 @@ def _prune(folder: Path, step: int, keep: int) -> None:
 
 def _remove(directory: Path) -> None:
     """Renamed first, so that a kill leaves no half checkpoint under a name that counts."""
-    shutil.rmtree(directory.rename(_temp(directory.parent, directory.name)))
+    shutil.rmtree(directory.rename(_temp(directory.parent, f"{directory.name}.removed")))
 
 
 def _write_manifest(directory: Path, step: int) -> None:

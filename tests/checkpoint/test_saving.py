@@ -139,6 +139,8 @@ def test_a_kill_at_any_operation_leaves_a_complete_checkpoint(tmp_path, child, s
         directory, state, skipped = newest(run)
         assert skipped == []
         assert (directory / "weights.bin").read_bytes() == state["payload"].encode() * 1000
+        named = [d for d in directory.parent.iterdir() if not d.name.startswith(".tmp-")]
+        assert [checkpoint.verify(d) for d in named] == [None] * len(named), "half a checkpoint has a name"
         seen.add(state["payload"])
         save(run, 3, "next", keep=1)  # the next save sweeps what the dead one left
         assert names(run) == ["000003"]
@@ -169,13 +171,45 @@ def test_a_kill_at_a_named_boundary_leaves_the_expected_one(tmp_path, child, whe
     assert newest(tmp_path)[1]["payload"] == survivor
 
 
+def test_the_only_complete_one_survives_two_kills_and_a_tear(tmp_path, child):
+    """Replaced, killed before the old one went, the new one torn, replaced again, killed before the rename."""
+    save(tmp_path, 1, "old", keep=1)
+
+    def killed_in(name: str) -> None:
+        def attempt() -> str:
+            setattr(checkpoint, name, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+            save(tmp_path, 1, "new", keep=1)
+            return "survived"
+
+        assert child(attempt)[0] == -signal.SIGKILL
+
+    killed_in("_prune")
+    assert names(tmp_path) == ["000001", "000001.replaced"] and newest(tmp_path)[1]["payload"] == "new"
+    (tmp_path / checkpoint.FOLDER / "000001" / "weights.bin").unlink()
+    assert newest(tmp_path)[1]["payload"] == "old"
+
+    def attempt() -> str:
+        set_aside = checkpoint._set_aside
+
+        def then_die(final: Path) -> None:
+            set_aside(final)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        checkpoint._set_aside = then_die
+        save(tmp_path, 1, "newer", keep=1)
+        return "survived"
+
+    assert child(attempt)[0] == -signal.SIGKILL
+    assert newest(tmp_path)[1]["payload"] == "old"
+
+
 def test_everything_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     """What a power cut may lose is what was not fsynced: every file and folder before the rename, the parent after."""
     log: list[tuple[str, str]] = []
     fsync, rename = os.fsync, Path.rename
 
     def note_fsync(descriptor: int) -> None:
-        log.append(("fsync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        log.append(("fsync", str(Path(f"/proc/self/fd/{descriptor}").readlink())))
         fsync(descriptor)
 
     def note_rename(path: Path, target: Path) -> Path:
