@@ -3,7 +3,7 @@
 All values live in float32 carriers; all quantiser arithmetic is float32 with correctly rounded division.
 Left out on purpose: which tensor gets which treatment; that is the precisions' own. This is the one module of the
 package that imports torch at its top, so import it inside functions.
-Source: docs/precisions.md; formats are OCP OFP8 (e4m3, no infinity) and compressed-tensors pack-quantized.
+Source: docs/numerics.md; formats are OCP OFP8 (e4m3, no infinity) and compressed-tensors pack-quantized.
 """
 
 from __future__ import annotations
