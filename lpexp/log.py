@@ -258,6 +258,7 @@ class _Wandb:
             return
         self._run = self._attempt("init", self._init, exp, run_dir, exp.wandb.mode)
         if self._run is None and exp.wandb.mode == "online":
+            self._attempt("teardown", _end_wandb_service)  # it holds on to the id of the run that could not begin
             self._run = self._attempt("init", self._init, exp, run_dir, "offline")
             if self._run is not None:
                 warn("wandb", f"wandb writes offline; later: wandb sync {run_dir}/wandb/offline-run-*")
@@ -297,6 +298,7 @@ class _Wandb:
     def close(self) -> None:
         if self._run is not None:
             self._attempt("finish", self._run.finish)
+            self._attempt("teardown", _end_wandb_service)  # only then the whole file is on disk
             self._run = None
 
     def _attempt(self, what: str, call: Callable[..., Any], *args: Any) -> Any:
@@ -309,6 +311,13 @@ class _Wandb:
                 "wandb", f"wandb {what} failed ({type(error).__name__}: {lines[0]}); metrics.jsonl has everything"
             )
             return None
+
+
+def _end_wandb_service() -> None:
+    """Wait until wandb's own process has written everything and ended."""
+    import wandb
+
+    wandb.teardown()
 
 
 def _describe(log: Log) -> None:
