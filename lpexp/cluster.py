@@ -82,7 +82,7 @@ class Workers:
         return {name: future.result() for name, future in [(h.name, h.call("pid")) for h in self.handles]}
 
     def share(self, handle: Handle, method: str, *args: Any) -> tuple[Any, Any]:
-        """Call a method that answers (bulk, report): the bulk stays with the workers as a reference, the report comes here."""
+        """Call a method that answers (bulk, report): the bulk stays with the workers, the report comes here."""
         if not isinstance(handle, _RayHandle):
             return handle.call(method, *args).result()
         bulk, report = handle.call_two(method, *args)

@@ -41,7 +41,8 @@ class Guardian:
 
 def _bootstrap() -> str:
     """Run this file's `watch` with the same import path."""
-    return f"import sys; sys.path[:] = {sys.path!r}; from lpexp.guardian import watch; watch(sys.argv[1], int(sys.argv[2]))"
+    call = "from lpexp.guardian import watch; watch(sys.argv[1], int(sys.argv[2]))"
+    return f"import sys; sys.path[:] = {sys.path!r}; {call}"
 
 
 def watch(token: str, driver: int) -> None:

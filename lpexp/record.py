@@ -6,7 +6,6 @@ router's choices; the newest `keep` stay.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +31,7 @@ def save(run_dir: Path, report: LearnReport, keep: int) -> None:
     made = path.with_suffix(".tmp")
     facts = {"step": str(report.batch.step), "version": str(report.version), "group_size": str(report.batch.group_size)}
     save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, made, facts)
-    os.replace(made, path)
+    made.replace(path)
     for old in sorted(folder.glob("*.safetensors"))[:-keep]:
         old.unlink()
 

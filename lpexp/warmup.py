@@ -52,7 +52,7 @@ def warmed_up(exp: Experiment) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     made = path.with_name(f".{path.name}.{os.getpid()}")
     save_tensors(made, tensors, {key: str(value) for key, value in facts.items()})
-    os.replace(made, path)
+    made.replace(path)
     return path
 
 

@@ -26,19 +26,19 @@ class Moe(Spec):
     num_experts: int = Field(ge=2)
     top_k: int = Field(ge=1)
     intermediate_size: int = Field(ge=1)  # of one expert
-    num_shared: int = Field(0, ge=0)
-    first_dense: int = Field(0, ge=0)
+    num_shared: int = Field(default=0, ge=0)
+    first_dense: int = Field(default=0, ge=0)
     scoring: Literal["softmax", "sigmoid"] = "softmax"
     norm_topk: bool = True
-    scaling: float = Field(1.0, gt=0)
-    num_groups: int = Field(1, ge=1)
-    top_groups: int = Field(1, ge=1)
+    scaling: float = Field(default=1.0, gt=0)
+    num_groups: int = Field(default=1, ge=1)
+    top_groups: int = Field(default=1, ge=1)
 
 
 class Mla(Spec):
     """Multi-head latent attention: keys and values are projected up from a small shared latent."""
 
-    q_lora_rank: int | None = Field(None, ge=1)  # None: queries are projected directly
+    q_lora_rank: int | None = Field(default=None, ge=1)  # None: queries are projected directly
     kv_lora_rank: int = Field(ge=1)
     qk_nope_head_dim: int = Field(ge=1)
     qk_rope_head_dim: int = Field(ge=2)
@@ -59,16 +59,16 @@ class RopeScaling(Spec):
 class Parallel(Spec):
     """How production trainers and engines split this model; facts of the card or its layout, unused when embedded."""
 
-    nodes: int = Field(1, ge=1)
-    gpus_per_node: int = Field(8, ge=1)
-    tp: int = Field(1, ge=1)
-    pp: int = Field(1, ge=1)
-    cp: int = Field(1, ge=1)
-    ep: int = Field(1, ge=1)
-    etp: int = Field(1, ge=1)
-    last_stage_layers: int | None = Field(None, ge=1)  # None: layers split evenly
-    engine_gpus: int = Field(1, ge=1)  # GPUs of one rollout engine
-    engine_ep: int = Field(1, ge=1)  # of which this many share the experts out
+    nodes: int = Field(default=1, ge=1)
+    gpus_per_node: int = Field(default=8, ge=1)
+    tp: int = Field(default=1, ge=1)
+    pp: int = Field(default=1, ge=1)
+    cp: int = Field(default=1, ge=1)
+    ep: int = Field(default=1, ge=1)
+    etp: int = Field(default=1, ge=1)
+    last_stage_layers: int | None = Field(default=None, ge=1)  # None: layers split evenly
+    engine_gpus: int = Field(default=1, ge=1)  # GPUs of one rollout engine
+    engine_ep: int = Field(default=1, ge=1)  # of which this many share the experts out
 
 
 class Model(Spec):
@@ -88,7 +88,7 @@ class Model(Spec):
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     max_position_embeddings: int = Field(ge=1)
-    initializer_range: float = Field(0.02, gt=0)
+    initializer_range: float = Field(default=0.02, gt=0)
     moe: Moe | None = None
     mla: Mla | None = None
     rope_scaling: RopeScaling | None = None
@@ -227,10 +227,9 @@ def _laptop(model: Model) -> Model:
         "path": None,
     }
     if model.moe:
-        kept = model.moe.model_dump() | {"num_experts": 8, "top_k": 2, "intermediate_size": 128}
-        kept["num_shared"] = min(model.moe.num_shared, 1)
-        kept["first_dense"] = min(model.moe.first_dense, 1)
-        sizes["moe"] = Moe(**kept)
+        fewer = {"num_shared": min(model.moe.num_shared, 1), "first_dense": min(model.moe.first_dense, 1)}
+        small = {"num_experts": 8, "top_k": 2, "intermediate_size": 128}
+        sizes["moe"] = model.moe.model_copy(update=small | fewer)
     if model.mla:
         lora = None if model.mla.q_lora_rank is None else 128
         sizes["mla"] = Mla(q_lora_rank=lora, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=128, v_head_dim=64)

@@ -144,8 +144,8 @@ class Decoder:
     ) -> Tensor:
         """Whole sequences -> final normed hidden states [B, T, H].
 
-        `span` fixes the padded key length (default: T rounded up); `keep` receives each layer's (k, v) [B, heads, T, D];
-        `routes` each mixture-of-experts layer's choices [B, T, top_k].
+        `span` fixes the padded key length (default: T rounded up); `keep` receives each layer's (k, v)
+        [B, heads, T, D]; `routes` each mixture-of-experts layer's choices [B, T, top_k].
         """
         batch, length = tokens_BT.shape
         span = max(span or 0, span_of(length))

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 class Sampling(Spec):
     """How tokens are drawn. Log-probabilities are of the softmax at `temperature`, before top-p and top-k cut it."""
 
-    temperature: float = Field(1.0, ge=0)  # 0: greedy, log-probs at temperature 1
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)  # 0: off
-    samples: int = Field(1, ge=1)  # G
+    temperature: float = Field(default=1.0, ge=0)  # 0: greedy, log-probs at temperature 1
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)  # 0: off
+    samples: int = Field(default=1, ge=1)  # G
 
 
 class Pending(Protocol):
@@ -54,9 +54,9 @@ class RolloutSpec(Spec):
     ABSTRACT: ClassVar[bool] = True
     precision: Precision | None = None
     checkpoint: str | None = None  # a served checkpoint directory that fixes the rollout's precision
-    temperature: float = Field(1.0, gt=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
 
     def judge(self, exp: Experiment) -> Iterable[Mistake]:
         """Mistakes between this part and the rest of the experiment; keys from the root."""

@@ -101,11 +101,11 @@ class Task(Spec):
 class Warmup(Spec):
     """Supervised warm-up from scratch: until sampled accuracy reaches `target`, at most `max_steps`."""
 
-    target: float = Field(0.15, gt=0, lt=1)
-    max_steps: int = Field(400, ge=1)
-    batch_size: int = Field(64, ge=1)
-    lr: float = Field(1e-3, gt=0)
-    check_every: int = Field(10, ge=1)
+    target: float = Field(default=0.15, gt=0, lt=1)
+    max_steps: int = Field(default=400, ge=1)
+    batch_size: int = Field(default=64, ge=1)
+    lr: float = Field(default=1e-3, gt=0)
+    check_every: int = Field(default=10, ge=1)
 
 
 Task.model_rebuild()

@@ -8,6 +8,7 @@ Every rank holds all weights and optimiser state: for models of laptop size. Lef
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -111,7 +112,7 @@ class EmbeddedRank:
         self.exp, self.spec, self.rank, self.ranks = exp, spec, rank, ranks
         self.device = pick_device(spec.device)
         self.model = exp.model.sized()
-        self.params = [p for p in self.model.params()]
+        self.params = list(self.model.params())
         self.trained = [p for p in self.params if p.kind != "router_bias"]
         self.decoder = Decoder(self.model, self.device)
         self.span = span_of(exp.task.max_prompt + exp.task.max_response)
@@ -124,7 +125,7 @@ class EmbeddedRank:
             backend = "nccl" if self.device.type == "cuda" and torch.cuda.device_count() >= ranks else "gloo"
             torch.distributed.init_process_group(backend, init_method=f"file://{meet}", rank=rank, world_size=ranks)
 
-    # -- start, save, restore -------------------------------------------------------------------------------------------
+    # -- start, save, restore ----------------------------------------------------------------------
     def warm_up(self) -> str | None:
         """Path of the warmed-up start weights (made, or found in the cache); None when the task has no warm-up."""
         if self.model.path or self.exp.task.warmup is None:
@@ -220,7 +221,7 @@ class EmbeddedRank:
         for name in self.fixed:
             self.weights.leaves[name].requires_grad_(False)
 
-    # -- what it promises -----------------------------------------------------------------------------------------------
+    # -- what it promises --------------------------------------------------------------------------
     def contract(self) -> dict[str, str]:
         """What this rank would publish, from its own copy of the config."""
         return self.exp.wire.contract(self.params, self.model.moe is not None)
@@ -248,7 +249,7 @@ class EmbeddedRank:
             version, size, {"quantize": time.perf_counter() - begin}, sent, (), stats.share(), stats.result()
         )
 
-    # -- learning -------------------------------------------------------------------------------------------------------
+    # -- learning ----------------------------------------------------------------------------------
     def step(self, batch: Batch) -> dict[str, Any]:
         """This rank's share of a batch: `updates_per_batch` optimiser steps. Arrays come back for its own rows only."""
         import torch
@@ -318,7 +319,7 @@ class EmbeddedRank:
             start, stop = self._update_rows(size, u)
             edges = np.linspace(start, stop, self.spec.micro_batches + 1).astype(int).tolist()
             mine = self.spec.micro_batches // self.ranks
-            cuts = list(zip(edges[:-1], edges[1:], strict=True))
+            cuts = list(itertools.pairwise(edges))
             shares.append(cuts[self.rank * mine : (self.rank + 1) * mine])
         return shares
 
@@ -328,7 +329,8 @@ class EmbeddedRank:
         versions = np.unique(part.versions_N)
         if len(versions) != 1 or versions[0] not in (self.version, self.version - 1):
             raise RunError(
-                f"step {part.step}: samples of versions {versions.tolist()}, the trainer is at {self.version}; they are refused"
+                f"step {part.step}: samples of versions {versions.tolist()} are refused, "
+                f"the trainer is at {self.version}"
             )
         if versions[0] == self.version:
             return self.weights
@@ -570,7 +572,7 @@ class EmbeddedTrainer:
         wrong = [index for index, checksum in enumerate(held) if checksum != report.checksum_sent]
         if wrong:
             raise RunError(
-                f"weights of version {version}: engine {wrong[0]} holds {held[wrong[0]]}, sent was {report.checksum_sent}"
+                f"weights of version {version}: engine {wrong[0]} holds {held[wrong[0]]}, not {report.checksum_sent}"
             )
         spent["transfer"] = max(whole - sum(spent.values()), 0.0)
         return dataclasses.replace(report, seconds=spent | {"sync": whole}, checksums_held=tuple(held))

@@ -46,7 +46,7 @@ class Ran:
         return [json.loads(line) for line in (self.directory / "events.jsonl").read_text().splitlines()]
 
 
-def compose(*overrides: str):  # noqa: ANN201
+def compose(*overrides: str):
     """The typed experiment that these overrides make."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir

@@ -16,7 +16,8 @@ MAX = "mismatch/logprob_abs_diff_max"
 def test_trainer_and_rollout_agree_bitwise_when_precisions_match(inline, precision, model, lag):
     run = inline(f"precision={precision}", f"model={model}", f"lag={lag}", "steps=20", *fast(model))
     assert run.steps(MAX) == [0.0] * 20
-    assert run.steps("correction/weight_min") == [1.0] * 20
+    if lag == 0:  # at lag 1 the weights also carry the staleness
+        assert run.steps("correction/weight_min") == [1.0] * 20
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
