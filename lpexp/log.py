@@ -69,6 +69,7 @@ class Log:
         self.exp, self.run_dir, self.overrides, self.contract = exp, run_dir, list(overrides), contract
         self.console = Console(exp.steps, start_step)
         self.version: int | None = None  # what the rollout serves, once a sync was logged
+        self.agreed = False  # set once trainer and rollout were found to hold that contract
         self._clock = _Clock()
         self._started = False
         _describe(self)
@@ -187,6 +188,8 @@ class Note:
     def sync(self, report: SyncReport) -> None:
         """A weight update: sync/* and quant/*."""
         self._add(self._log.sync(report))
+        if self._log.agreed:
+            self._add({"sync/contract_ok": 1})
 
     def line(self) -> Metrics:
         """The step's line, complete. RunError when a value is not finite, naming its key."""

@@ -50,6 +50,7 @@ class Session:
             self.trainer.restore(resume.checkpoint)
             agree(planned, self.trainer.contract(), "trainer")
             agree(planned, self.rollout.contract(), "rollout")
+            self.log.agreed = True
             self.log.event("workers", pids=workers.pids())
             self._stack = stack.pop_all()
         self.pipeline = Pipeline(self)

@@ -162,7 +162,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("sync/bytes", "bytes of one copy of the weights", "bytes", "N", "On the wire, scales included."),
     Metric("sync/quantized_param_frac", "parameters sent quantised / all", "1", "F", "How much the format covers."),
     Metric("sync/checksum_ok", "1 iff sent and held digests agree", "1", "-", "Recomputed on each engine; 0 stops."),
-    Metric("sync/contract_ok", "1 iff both sides' contracts hash alike", "1", "-", "0 stops the run."),
+    Metric(
+        "sync/contract_ok", "1 iff both sides' contracts hash alike", "1", "-", "Compared at the start; unequal stops."
+    ),
     Metric("quant/<class>/rel_error", "|W - dq(W)| / |W|", "1", "-", "Over all tensors of a module class."),
     Metric("quant/<class>/sqnr_db", "-20 log10(rel_error)", "dB", "-", "The same as signal to noise."),
     Metric("quant/<class>/code_flip_frac", "codes that differ, trainer to server", "1", "F", "Must be 0."),

@@ -101,6 +101,14 @@ def test_times_of_the_parts_sum_to_the_step_and_inner_parts_count_once(log: Log,
     assert 0.03 <= line["time/reward"] < 0.05 and line["time/unaccounted"] >= 0.02
 
 
+def test_the_contract_is_ok_only_after_both_sides_were_compared(log: Log, made_up) -> None:
+    made_up.feed(log, range(1))
+    log.agreed = True
+    made_up.feed(log, range(1, 2))
+    first, second = lines(log)
+    assert "sync/contract_ok" not in first and second["sync/contract_ok"] == 1
+
+
 def test_what_happens_between_two_steps_belongs_to_the_later_one(log: Log) -> None:
     with log.step(0):
         pass
@@ -220,4 +228,5 @@ def test_the_next_command_asks_the_next_question_and_composes(experiment, overri
 
     command = _next_command(experiment(*(o for o in overrides if not o.startswith("resume"))), overrides)
     assert command == f"python launch.py {expected}"
+    assert command is not None
     experiment(*command.split()[2:])

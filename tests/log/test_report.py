@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from lpexp import report
 from lpexp.errors import ConfigError
 
 
-def axes_of(values: list[float]):
+def axes_of(values: list[float]) -> Any:
     from matplotlib.figure import Figure
 
     axes = Figure().subplots()

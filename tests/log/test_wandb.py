@@ -26,6 +26,8 @@ def records(path: Path) -> Iterator[Any]:
     """
     from wandb.proto import wandb_internal_pb2
 
+    kinds: Any = wandb_internal_pb2  # its classes are made at import
+
     data = path.read_bytes()
     assert data[:4] == b":W&B"
     at, parts = HEADER, b""
@@ -38,7 +40,7 @@ def records(path: Path) -> Iterator[Any]:
         assert int.from_bytes(checksum, "little") == zlib.crc32(bytes([kind]) + body)
         parts, at = parts + body, at + HEADER + size
         if kind in (1, 4):  # whole, or the last part
-            record = wandb_internal_pb2.Record()
+            record = kinds.Record()
             record.ParseFromString(parts)
             yield record
             parts = b""
