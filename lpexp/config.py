@@ -39,16 +39,16 @@ class Spec(BaseModel):
     def _follow_target(cls, data: Any, inner: Callable[[Any], Any]) -> Any:
         if isinstance(data, Spec):
             if not isinstance(data, cls):
-                raise PydanticCustomError("target", f"needs a kind of {cls.__name__}, got {type(data).__name__}")
+                raise _refused("target", f"needs a kind of {cls.__name__}, got {type(data).__name__}")
             return data
         if not isinstance(data, Mapping):
-            raise PydanticCustomError("group", f"needs a group of keys ({cls.__name__}), got {data!r}")
+            raise _refused("group", f"needs a group of keys ({cls.__name__}), got {data!r}")
         target = data.get(TARGET)
         data = {key: value for key, value in data.items() if key != TARGET}
         if target is not None and target != _path(cls):
             return resolve(target, cls).model_validate(data)
         if target is None and cls.__dict__.get("ABSTRACT", False):
-            raise PydanticCustomError("target", f"does not say which {cls.__name__} it is ({TARGET} is missing)")
+            raise _refused("target", f"does not say which {cls.__name__} it is ({TARGET} is missing)")
         spec = inner(data)
         mistakes = list(_broken_rules(spec, partial=False))
         if mistakes:
@@ -87,16 +87,23 @@ def resolve(target: Any, kind: type[Spec]) -> type[Spec]:
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError):
-        raise PydanticCustomError("target", f"{TARGET} {target!r} cannot be imported") from None
+        why = "cannot be imported; name a class by its full path"
+        raise _refused("target", f"{TARGET} {target!r} {why}") from None
     if not (isinstance(found, type) and issubclass(found, kind)):
-        raise PydanticCustomError("target", f"{TARGET} {target!r} is no kind of {kind.__name__}")
+        raise _refused("target", f"{TARGET} {target!r} is no kind of {kind.__name__}; name one")
     return found
+
+
+def _refused(kind: str, text: str) -> PydanticCustomError:
+    return PydanticCustomError(kind, "{text}", {"text": text})  # type: ignore[arg-type]
 
 
 def nearest(word: str, words: Any, cutoff: float = 0.6) -> str | None:
     """The word a person probably meant, or None."""
-    found = difflib.get_close_matches(word, [str(w) for w in words], n=1, cutoff=cutoff)
-    return found[0] if found else None
+    words = [str(one) for one in words]
+    found = difflib.get_close_matches(word, words, n=1, cutoff=cutoff)
+    longer = [one for one in words if len(word) > 2 and one.startswith(word)]
+    return found[0] if found else longer[0] if len(longer) == 1 else None
 
 
 def _shown(value: Any) -> str:
@@ -126,7 +133,7 @@ def _plain(value: Any) -> Any:
 
 def _broken_rules(spec: Any, partial: bool) -> Iterator[Mistake]:
     for name in dir(type(spec)):
-        method = getattr(type(spec), name, None)
+        method: Any = getattr(type(spec), name, None)
         if getattr(method, "__rule__", False):
             try:
                 yield from method(spec)
@@ -151,7 +158,7 @@ def _mistakes(line: Any, kind: type[Spec], data: Any) -> Iterator[Mistake]:
         hint = f" -- did you mean {near!r}?" if near else f"; known here: {known}"
         yield Mistake(key, f"unknown key, given {_shown(given)}{hint}")
     elif line["type"] == "missing":
-        yield Mistake(key, "is missing and has no default")
+        yield Mistake(key, f"is missing and has no default; set {key}=VALUE")
     elif line["type"] in ("target", "group"):
         yield Mistake(key, line["msg"])
     else:

@@ -190,6 +190,8 @@ class Experiment(Spec):
             found = from_hf(quantised, params, moe) if quantised else self.wire.plain
         except (OSError, ValueError, ConfigError) as error:
             why = error.strerror if isinstance(error, OSError) else f"{error}"
+            if isinstance(error, ConfigError):
+                why = "; ".join(mistake.message for mistake in error.mistakes)
             yield Mistake("rollout.checkpoint", f"{at} cannot be read: {why}; name a served model directory, or null")
             return
         if found.format() == self.wire.format() and found.contract(params, moe) == self.wire.contract(params, moe):

@@ -60,13 +60,16 @@ def _unknown_key(key: str, word: str, cause: Any) -> Mistake:
     if elsewhere := choices_with(key):
         place, names = elsewhere
         with_it = " or ".join(f"{place}={name}" for name in names)
-        return Mistake(key, f"{word}: the {place} of this run has no such key; it comes with {with_it}")
+        return Mistake(key, f"given {value}, but the {place} of this run has no such key; it comes with {with_it}")
     known = _known_keys(cause)
     siblings = [one for one in known if one.rpartition(".")[0] == key.rpartition(".")[0]]
     same_leaf = [one for one in known if one.rpartition(".")[2] == key.rpartition(".")[2]]
     near = nearest(key, siblings, 0.75) or (same_leaf[0] if same_leaf else None) or nearest(key, known)
     if near:
         return Mistake(key, f"unknown key -- did you mean {near}={value}?")
+    for group in groups():
+        if elsewhere := choices_with(f"{group}.{key}"):
+            return Mistake(key, f"unknown key -- did you mean {group}={elsewhere[1][0]} {group}.{key}={value}?")
     owner = key.rpartition(".")[0]
     inside = [one for one in known if one.rpartition(".")[0] == owner]
     return Mistake(key, f"unknown key, given {value}; known here: {', '.join(inside)}")
@@ -76,14 +79,14 @@ def _unknown_group(group: str, word: str, cause: Any) -> Mistake:
     key = word.partition("=")[0].lstrip("+")
     if group in groups():
         mounts = " or ".join(f"precision@{mount}" for mount in MOUNTS)
-        return Mistake(key, f"{word}: nothing is mounted there; a precision is chosen by precision, {mounts}")
+        return Mistake(key, f"nothing is mounted there; a precision is chosen by precision, {mounts}")
     if near := nearest(group, groups()):
         return Mistake(key, f"unknown group -- did you mean {word.lstrip('+').replace(group, near, 1)}?")
-    return Mistake(key, f"{word}: unknown group; groups are {', '.join(groups())}")
+    return Mistake(key, f"unknown group; groups are {', '.join(groups())}")
 
 
 def _already(key: str, word: str, cause: Any) -> Mistake:
-    return Mistake(key, f"{word}: there is such a key; type {word.lstrip('+')}")
+    return Mistake(key, f"is a key already, given as {word}; type {word.lstrip('+')}")
 
 
 def _several(key: str, word: str, cause: Any) -> Mistake:

@@ -30,7 +30,7 @@ from lpexp.model import Parallel
 from lpexp.precision import Precision
 from lpexp.shell import contradictions
 
-__all__ = ["CONF", "compose", "experiment", "guard", "judge", "overrides", "run_begins", "told"]
+__all__ = ["CONF", "compose", "experiment", "guard", "judge", "overrides", "read_choice", "run_begins", "told"]
 
 MAY_BE_EMPTY = ("experiment", "layout", *MOUNTS)
 TAKES_VALUE = ("-c", "--cfg", "-p", "--package", "-cn", "--config-name", "-cd", "--config-dir", "-cp", "--config-path")
