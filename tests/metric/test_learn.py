@@ -106,13 +106,13 @@ def test_what_no_token_backs_is_absent(report) -> None:
 
 
 def test_clip_fractions_are_shares_of_the_tokens_with_that_sign(report) -> None:
-    # A > 0 on two tokens, A < 0 on three; exp(u) = 2, 1, 1/2, 2, 1
-    made = report(ZERO, ZERO, MASK, lp_C=at(LN2, 0, -LN2, LN2, 0), advantages=[0.5, -0.5])
+    # A > 0 on two tokens, A < 0 on three; exp(u) = 2, 1.25, 1/2, 2, 1
+    made = report(ZERO, ZERO, MASK, lp_C=at(LN2, math.log(1.25), -LN2, LN2, 0), advantages=[0.5, -0.5])
     found = learn_metrics(made, CLIP, NONE, NONE)
     assert found["update/clip_frac_high_pos"] == 0.5 and found["update/clip_frac_low_pos"] == 0.0
     assert found["update/clip_frac_low_neg"] == found["update/clip_frac_high_neg"] == pytest.approx(1 / 3)
     assert found["update/clip_frac"] == pytest.approx(2 / 5)  # the binding ones: high with A > 0, low with A < 0
-    assert found["update/ratio_mean"] == pytest.approx(6.5 / 5, rel=1e-6)
+    assert found["update/ratio_mean"] == pytest.approx(6.75 / 5, rel=1e-6)
     assert found["update/ratio_max"] == pytest.approx(2, rel=1e-6)
 
 

@@ -178,6 +178,13 @@ def test_nothing_is_clamped_but_the_sequence_chi2_which_says_so() -> None:
     assert found["mismatch/chi2_seq_clamped_frac"] == 1.0
 
 
+def test_the_worst_sequence_is_judged_by_its_mean_not_its_worst_token() -> None:
+    d = np.log([[9.0, 1.0, 1.0], [4.0, 4.0, 1.0]])  # means of exp|d|: 11/3 and, without the padding, 4
+    mask = np.array([[True, True, True], [True, True, False]])
+    found = mismatch_metrics(d - 5, np.full((2, 3), -5.0), mask, np.ones((2, 3)))
+    assert found["mismatch/mult_prob_error_seq_max"] == pytest.approx(4)
+
+
 def test_constant_probabilities_have_no_correlation() -> None:
     lp_R = np.full((1, 3), -1.0)
     found = mismatch_metrics(lp_R + np.array([0.1, 0.2, 0.3]), lp_R, np.ones((1, 3), bool), np.ones((1, 3)))

@@ -59,7 +59,7 @@ def test_response_lengths_count_tokens_of_all_samples(group) -> None:
 
 def test_repetition_is_a_share_of_four_grams_above_three_tenths(group) -> None:
     same, fresh = [5] * 8, list(range(8))  # 5 four-grams: one kind; all kinds
-    just = [0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7, 8]  # 10 four-grams, one seen before
+    just = [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5, 6]  # 10 four-grams, three seen before: not above 0.3
     short = [5, 5, 5]  # has none
     found = response_metrics([group([0] * 4, tokens=[same, fresh, just, short])])
     assert found["response/repetition_frac"] == 0.25
