@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
@@ -58,7 +59,7 @@ def report() -> str:
     )
 
 
-def checks(found: dict[str, str | None], gpus: int) -> list[Check]:
+def checks(found: Mapping[str, str | None], gpus: int) -> list[Check]:
     """What can be run, given package versions (None: not installed) and a number of GPUs."""
     torch = None if found["torch"] else "torch is not installed: pip install torch"
     ray = torch or (None if found["ray"] else "ray is not installed: pip install ray, or type cluster=inline")

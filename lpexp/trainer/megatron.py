@@ -48,16 +48,16 @@ class MegatronTrainerSpec(TrainerSpec):
             return
         whole = f"make their product divide {world}"
         if world % (self.tp * self.pp * self.cp):
-            over = f"(tp {self.tp} x pp {self.pp} x cp {self.cp})"
-            yield Mistake("trainer.tp", f"{world} GPUs / {over} is no whole number; {whole}")
+            over = f"trainer.tp {self.tp} x trainer.pp {self.pp} x trainer.cp {self.cp}"
+            yield Mistake("trainer", f"{over} does not divide {world} GPUs; {whole}")
         if model.num_attention_heads % self.tp:
             heads = model.num_attention_heads
             yield Mistake("trainer.tp", f"{self.tp} does not divide {heads} heads; use one of {divisors(heads)}")
         if model.moe is None and self.ep > 1:
             yield Mistake("trainer.ep", f"{self.ep}, but {model.name} has no experts; use 1")
         if model.moe and world % (self.etp * self.ep * self.pp):
-            over = f"(etp {self.etp} x ep {self.ep} x pp {self.pp})"
-            yield Mistake("trainer.ep", f"{world} GPUs / {over} is no whole number; {whole}")
+            over = f"trainer.etp {self.etp} x trainer.ep {self.ep} x trainer.pp {self.pp}"
+            yield Mistake("trainer", f"{over} does not divide {world} GPUs; {whole}")
         if model.moe and model.moe.num_experts % self.ep:
             experts = model.moe.num_experts
             yield Mistake("trainer.ep", f"{self.ep} does not divide {experts} experts; use one of {divisors(experts)}")
