@@ -194,7 +194,7 @@ class _RayHandle:
     def stop(self) -> None:
         import ray
 
-        ray.kill(self._actor)
+        ray.kill(self._actor)  # type: ignore[arg-type]
 
 
 class _Worker:

@@ -11,6 +11,7 @@ Left out: dropout, sliding windows, fused kernels.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -23,6 +24,8 @@ from lpexp.model import Model
 from lpexp.precision import Parts, Precision
 
 QUERY_ROWS = 4  # float64 products on CPU are row-invariant from 4 rows on
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+Rotation = tuple[Tensor, Tensor]  # cos, sin
 SPAN = 16  # keys are padded to a multiple of this
 
 
@@ -93,14 +96,16 @@ class ServedWeights(Weights):
 
 
 class Cache:
-    """Keys and values of `slots` sequences, each up to `span` tokens, as float32 carriers."""
+    """Keys and values of `slots` sequences, each up to `span` tokens; in the type that attention reads them in."""
+
+    dtype = torch.float64
 
     def __init__(self, model: Model, slots: int, span: int, device: torch.device | str = "cpu"):
         k_dim, v_dim, heads = head_dims(model)
-        layers = range(model.num_hidden_layers)
         self.span = span
-        self.k = [torch.zeros(slots, heads, span, k_dim, device=device) for _ in layers]
-        self.v = [torch.zeros(slots, heads, span, v_dim, device=device) for _ in layers]
+        size = (slots, heads, span)
+        self.k = [torch.zeros(*size, k_dim, dtype=self.dtype, device=device) for _ in range(model.num_hidden_layers)]
+        self.v = [torch.zeros(*size, v_dim, dtype=self.dtype, device=device) for _ in range(model.num_hidden_layers)]
 
 
 def head_dims(model: Model) -> tuple[int, int, int]:
@@ -149,15 +154,67 @@ class Decoder:
         """
         batch, length = tokens_BT.shape
         span = max(span or 0, span_of(length))
-        positions_BT = torch.arange(length, device=tokens_BT.device).expand(batch, length)
         allowed_TS = torch.ones(length, span, dtype=torch.bool, device=tokens_BT.device).tril()
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def attend(layer: int, *rows_R: Tensor) -> Tensor:
+            q, k, v = (rows.unflatten(0, (batch, length)).transpose(1, 2) for rows in rows_R)
             if keep is not None:
                 keep.append((k, v))
-            return attention(q, pad_keys(k, span), pad_keys(v, span), allowed_TS, self.scale)
+            mixed = attention(q, pad_keys(k, span), pad_keys(v, span), allowed_TS, self.scale)
+            return mixed.transpose(1, 2).flatten(0, 1)
 
-        return self._layers(weights, tokens_BT, positions_BT, attend, routes)
+        positions_R = torch.arange(length, device=tokens_BT.device).repeat(batch)
+        x = self._layers(weights, tokens_BT.reshape(-1), positions_R, attend, routes)
+        if routes is not None:
+            routes[:] = [chosen.unflatten(0, (batch, length)) for chosen in routes]
+        return x.unflatten(0, (batch, length))
+
+    def continued(
+        self,
+        weights: Weights,
+        prompts_PT: Tensor,
+        answers_NT: Tensor,
+        owner_N: Tensor,
+        lengths_N: Tensor,
+        span: int | None = None,
+    ) -> Tensor:
+        """Answers whose prompts are computed once for all of them -> hidden states of the rows [P * Tp + N * Ta, H].
+
+        prompts_PT [P, Tp] and answers_NT [N, Ta] are right-padded; answer n continues prompt owner_N[n], which has
+        lengths_N[n] tokens. The same bits as `hidden` of the joined sequences, for a fraction of the rows.
+        """
+        (prompts, tp), (answers, ta) = prompts_PT.shape, answers_NT.shape
+        device, split = prompts_PT.device, prompts * tp
+        span = max(span or 0, span_of(tp + ta))
+        causal_TS = torch.ones(tp, span, dtype=torch.bool, device=device).tril()
+        places_NT = lengths_N[:, None] + torch.arange(ta, device=device)  # absolute positions of the answers' tokens
+        keys_S = torch.arange(span, device=device)
+        allowed_NTS = keys_S <= places_NT[..., None]
+        ragged = bool((lengths_N != tp).any())
+        # Where key s of an answer lies in [prompt | answer]; past the end anything will do, it is not allowed.
+        source_NS = torch.where(keys_S < lengths_N[:, None], keys_S, keys_S - lengths_N[:, None] + tp)
+        source_NS = source_NS.clamp_max(tp + ta - 1)
+
+        def joined(rows: Tensor) -> tuple[Tensor, Tensor]:
+            before = rows[:split].unflatten(0, (prompts, tp)).transpose(1, 2)  # [P, heads, Tp, D]
+            own = rows[split:].unflatten(0, (answers, ta)).transpose(1, 2)  # [N, heads, Ta, D]
+            whole = torch.cat((before.index_select(0, owner_N), own), 2)
+            if ragged:
+                index = source_NS[:, None, :, None].expand(-1, whole.shape[1], -1, whole.shape[3])
+                return before, whole.gather(2, index)
+            return before, pad_keys(whole, span)
+
+        def attend(layer: int, q_R: Tensor, k_R: Tensor, v_R: Tensor) -> Tensor:
+            (k, k_whole), (v, v_whole) = joined(k_R), joined(v_R)
+            q = q_R[:split].unflatten(0, (prompts, tp)).transpose(1, 2)
+            first = attention(q, pad_keys(k, span), pad_keys(v, span), causal_TS, self.scale)
+            q = q_R[split:].unflatten(0, (answers, ta)).transpose(1, 2)
+            second = attention(q, k_whole, v_whole, allowed_NTS, self.scale)
+            return torch.cat((first.transpose(1, 2).flatten(0, 1), second.transpose(1, 2).flatten(0, 1)))
+
+        tokens_R = torch.cat((prompts_PT.reshape(-1), answers_NT.reshape(-1)))
+        positions_R = torch.cat((torch.arange(tp, device=device).repeat(prompts), places_NT.reshape(-1)))
+        return self._layers(weights, tokens_R, positions_R, attend, None)
 
     def decode(
         self,
@@ -172,55 +229,52 @@ class Decoder:
         allowed_B1S = (torch.arange(cache.span, device=tokens_B.device) <= positions_B[:, None])[:, None]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            cache.k[layer][slots_B, :, positions_B] = k[:, :, 0]
-            cache.v[layer][slots_B, :, positions_B] = v[:, :, 0]
-            return attention(q, cache.k[layer][slots_B], cache.v[layer][slots_B], allowed_B1S, self.scale)
+            cache.k[layer][slots_B, :, positions_B] = k.to(cache.dtype)
+            cache.v[layer][slots_B, :, positions_B] = v.to(cache.dtype)
+            keys, values = cache.k[layer].index_select(0, slots_B), cache.v[layer].index_select(0, slots_B)
+            return attention(q[:, :, None], keys, values, allowed_B1S, self.scale)[:, :, 0]
 
-        return self._layers(weights, tokens_B[:, None], positions_B[:, None], attend, routes)[:, 0]
+        return self._layers(weights, tokens_B, positions_B, attend, routes)
 
     def _layers(
-        self, weights: Weights, tokens_BT: Tensor, positions_BT: Tensor, attend: Any, routes: list[Tensor] | None
+        self, weights: Weights, tokens_R: Tensor, positions_R: Tensor, attend: Any, routes: list[Tensor] | None
     ) -> Tensor:
+        """R rows, each a token at its position; only `attend` (of q, k, v [R, heads, D]) knows how they are ordered."""
         model = self.model
-        x = torch.nn.functional.embedding(tokens_BT, weights.tensor("model.embed_tokens.weight"))  # [B, T, H]
-        rope = self.rope(positions_BT)
+        x = torch.nn.functional.embedding(tokens_R, weights.tensor("model.embed_tokens.weight"))  # [R, H]
+        rope = self.rope(positions_R)
         for layer in range(model.num_hidden_layers):
             at = f"model.layers.{layer}"
             normed = self._norm(weights, x, f"{at}.input_layernorm.weight")
             project = self._latent if model.mla else self._grouped
-            q, k, v = project(weights, normed, f"{at}.self_attn", rope)  # [B, heads, T, D]
-            mixed = weights.round(attend(layer, q, k, v)).transpose(1, 2).flatten(2)  # [B, T, heads * D]
+            mixed = weights.round(attend(layer, *project(weights, normed, f"{at}.self_attn", rope))).flatten(1)
             x = weights.round(x + weights.linear(mixed, f"{at}.self_attn.o_proj.weight"))
             normed = self._norm(weights, x, f"{at}.post_attention_layernorm.weight")
-            moe = model.is_moe_layer(layer)
-            x = weights.round(
-                x + (self._experts(weights, normed, f"{at}.mlp", routes) if moe else mlp(weights, normed, f"{at}.mlp"))
-            )
+            if model.is_moe_layer(layer):
+                x = weights.round(x + self._experts(weights, normed, f"{at}.mlp", routes))
+            else:
+                x = weights.round(x + mlp(weights, normed, f"{at}.mlp"))
         return self._norm(weights, x, "model.norm.weight")
 
     def _norm(self, weights: Weights, x: Tensor, name: str) -> Tensor:
         return rms_norm(weights, x, name, self.model.rms_norm_eps)
 
-    def _grouped(
-        self, weights: Weights, x: Tensor, at: str, rope: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Grouped-query attention: q [B, Hq, T, D], k and v [B, Hkv, T, D]."""
+    def _grouped(self, weights: Weights, x: Tensor, at: str, rope: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """Grouped-query attention: q [R, Hq, D], k and v [R, Hkv, D]."""
         heads = []
         for name in "qkv":
             y = weights.linear(x, f"{at}.{name}_proj.weight")
             if f"{at}.{name}_proj.bias" in weights.kinds:
                 y = weights.round(y + weights.tensor(f"{at}.{name}_proj.bias"))
-            y = y.unflatten(-1, (-1, self.model.head_dim))  # [B, T, heads, D]
+            y = y.unflatten(-1, (-1, self.model.head_dim))  # [R, heads, D]
             if name in "qk":
                 if f"{at}.{name}_norm.weight" in weights.kinds:
                     y = self._norm(weights, y, f"{at}.{name}_norm.weight")
                 y = weights.round(rotate(y, rope))
-            heads.append(y.transpose(1, 2))
+            heads.append(y)
         return heads[0], heads[1], heads[2]
 
-    def _latent(
-        self, weights: Weights, x: Tensor, at: str, rope: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _latent(self, weights: Weights, x: Tensor, at: str, rope: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """Multi-head latent attention; keys and values are cached decompressed, which changes no value."""
         mla, heads = self.model.mla, self.model.num_attention_heads
         assert mla is not None
@@ -229,25 +283,22 @@ class Decoder:
         else:
             latent = rms_norm(weights, weights.linear(x, f"{at}.q_a_proj.weight"), f"{at}.q_a_layernorm.weight", 1e-6)
             q = weights.linear(latent, f"{at}.q_b_proj.weight")
-        q = q.unflatten(-1, (heads, -1))  # [B, T, heads, nope + rope]
+        q = q.unflatten(-1, (heads, -1))  # [R, heads, nope + rope]
         q_nope, q_rope = q.split((mla.qk_nope_head_dim, mla.qk_rope_head_dim), -1)
-        latent, k_rope = weights.linear(x, f"{at}.kv_a_proj_with_mqa.weight").split(
-            (mla.kv_lora_rank, mla.qk_rope_head_dim), -1
-        )
+        down = weights.linear(x, f"{at}.kv_a_proj_with_mqa.weight")
+        latent, k_rope = down.split((mla.kv_lora_rank, mla.qk_rope_head_dim), -1)
         latent = rms_norm(weights, latent, f"{at}.kv_a_layernorm.weight", 1e-6)
         kv = weights.linear(latent, f"{at}.kv_b_proj.weight").unflatten(-1, (heads, -1))
         k_nope, v = kv.split((mla.qk_nope_head_dim, mla.v_head_dim), -1)
         q_rope = weights.round(rotate(deinterleave(q_rope), rope))
-        k_rope = weights.round(rotate(deinterleave(k_rope)[:, :, None], rope)).expand(-1, -1, heads, -1)
-        q, k = torch.cat((q_nope, q_rope), -1), torch.cat((k_nope, k_rope), -1)
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        k_rope = weights.round(rotate(deinterleave(k_rope)[:, None], rope)).expand(-1, heads, -1)
+        return torch.cat((q_nope, q_rope), -1), torch.cat((k_nope, k_rope), -1), v
 
     def _experts(self, weights: Weights, x: Tensor, at: str, routes: list[Tensor] | None) -> Tensor:
         """Mixture of experts: each token's top_k experts, weighted; sums run in expert order in float32."""
         moe = self.model.moe
         assert moe is not None
-        flat = x.reshape(-1, x.shape[-1])  # [R, H]
-        scores_RE = weights.accumulate(flat, f"{at}.gate.weight")
+        scores_RE = weights.accumulate(x, f"{at}.gate.weight")
         if moe.scoring == "sigmoid":
             scores_RE = 1 / (1 + torch.exp(-scores_RE))
             ranked_RE = scores_RE + weights.tensor(f"{at}.gate.e_score_correction_bias")
@@ -262,32 +313,68 @@ class Decoder:
             scores_RE = ranked_RE = torch.softmax(scores_RE, -1)
         chosen_RK = ranked_RE.detach().topk(moe.top_k, -1).indices
         if routes is not None:
-            routes.append(chosen_RK.unflatten(0, x.shape[:-1]))
+            routes.append(chosen_RK)
         share_RK = scores_RE.gather(1, chosen_RK)
         if moe.norm_topk:
             share_RK = share_RK / (share_RK.sum(-1, keepdim=True) + (1e-20 if moe.scoring == "sigmoid" else 0.0))
         share_RK = share_RK * moe.scaling
-        out = torch.zeros_like(flat)
+        out = torch.zeros_like(x)
         for expert in range(moe.num_experts):
             rows, ranks = (chosen_RK == expert).nonzero(as_tuple=True)
             if len(rows):
-                y = mlp(weights, flat[rows], f"{at}.experts.{expert}") * share_RK[rows, ranks, None]
+                y = mlp(weights, x[rows], f"{at}.experts.{expert}") * share_RK[rows, ranks, None]
                 out = out.index_add(0, rows, y)  # a token meets an expert once, so the order of the sum is the experts'
         if moe.num_shared:
-            out = out + mlp(weights, flat, f"{at}.shared_experts")
-        return weights.round(out).view_as(x)
+            out = out + mlp(weights, x, f"{at}.shared_experts")
+        return weights.round(out)
 
 
 def mlp(weights: Weights, x: Tensor, at: str) -> Tensor:
-    """SwiGLU. SiLU is composed: torch's own depends on the element's position in the tensor."""
+    """SwiGLU on rows [R, H]."""
     gate = weights.linear(x, f"{at}.gate_proj.weight")
     up = weights.linear(x, f"{at}.up_proj.weight")
-    return weights.linear(weights.round(gate / (1 + torch.exp(-gate)) * up), f"{at}.down_proj.weight")
+    return weights.linear(weights.round(_SiluMul.apply(gate, up)), f"{at}.down_proj.weight")  # type: ignore[arg-type]
 
 
 def rms_norm(weights: Weights, x: Tensor, name: str, eps: float) -> Tensor:
     """Root-mean-square norm in float32 over the last axis."""
-    return weights.round(weights.tensor(name) * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)))
+    return weights.round(_RmsNorm.apply(x, weights.tensor(name), eps))  # type: ignore[arg-type]
+
+
+class _SiluMul(torch.autograd.Function):
+    """silu(gate) * up; composed, because torch's own SiLU depends on the element's position in the tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return gate / (torch.exp(-gate).add_(1)) * up
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        gate, up = ctx.saved_tensors
+        share = torch.exp(-gate).add_(1).reciprocal_()  # sigmoid
+        silu = gate * share
+        slope = (1 - share).mul_(silu).add_(share)  # share * (1 + gate * (1 - share))
+        return slope.mul_(grad).mul_(up), silu.mul_(grad)
+
+
+class _RmsNorm(torch.autograd.Function):
+    """weight * x / sqrt(mean(x^2) + eps) over the last axis."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        factor = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        normed = x * factor
+        ctx.save_for_backward(normed, factor, weight)
+        return normed * weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        normed, factor, weight = ctx.saved_tensors
+        dw = (grad * normed).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        dy = grad * weight
+        dx = (dy - normed * (dy * normed).mean(-1, keepdim=True)).mul_(factor)
+        return dx, dw, None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float) -> Tensor:
@@ -326,8 +413,8 @@ def deinterleave(x: Tensor) -> Tensor:
     return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
 
 
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding of x [B, T, heads, D] by (cos, sin) [B, T, 1, D]."""
+def rotate(x: Tensor, rope: Rotation) -> Tensor:
+    """Rotary embedding of x [R, heads, D] by (cos, sin) [R, 1, D]."""
     cos, sin = rope
     low, high = x.chunk(2, -1)
     return x * cos + torch.cat((-high, low), -1) * sin
@@ -368,11 +455,11 @@ class Rope:
         angle = torch.cat((angle, angle), -1)  # [length, D]
         self.cos, self.sin = angle.cos() * self.factor, angle.sin() * self.factor
 
-    def __call__(self, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
-        longest = int(positions_BT.max()) + 1
+    def __call__(self, positions_R: Tensor) -> Rotation:
+        longest = int(positions_R.max()) + 1
         if longest > len(self.cos):
             self._grow(1 << (longest - 1).bit_length())
-        return self.cos[positions_BT][:, :, None], self.sin[positions_BT][:, :, None]
+        return self.cos[positions_R][:, None], self.sin[positions_R][:, None]
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
@@ -411,3 +498,16 @@ def pick_device(wish: str) -> torch.device:
     if wish == "auto":
         wish = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(wish)
+
+
+def settle(threads: int) -> None:
+    """Prepare this process for tensor work: its threads, and memory that is kept instead of handed back.
+
+    glibc returns every large tensor to the kernel and faults its pages in again at the next one, which costs as much
+    as the arithmetic of a small model.
+    """
+    torch.set_num_threads(threads)
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc; elsewhere only the speed differs
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)

@@ -54,12 +54,11 @@ class EmbeddedEngine:
     """One engine: weights in served form, a slot cache, and a sampler. Runs in an actor or in this process."""
 
     def __init__(self, exp: Experiment, slots: int, threads: int, device: str):
-        import torch
 
-        from lpexp.model.decoder import Cache, Decoder, pick_device, span_of
+        from lpexp.model.decoder import Cache, Decoder, pick_device, settle, span_of
         from lpexp.model.tokenizer import load_tokenizer
 
-        torch.set_num_threads(threads)
+        settle(threads)
         self.exp, self.slots, self.device = exp, slots, pick_device(device)
         self.model = exp.model.sized()
         self.stop_id = load_tokenizer(self.model).stop_id
@@ -158,7 +157,7 @@ class Generation:
             )
             if keep is not None:
                 chosen = (
-                    torch.stack([layer[:, 0] for layer in keep], 1).cpu().numpy().astype(np.int16)
+                    torch.stack(keep, 1).cpu().numpy().astype(np.int16)
                 )  # [R, layers, K]
                 for i, choice in enumerate(chosen):
                     routes[i].append(choice[None])
@@ -184,7 +183,7 @@ class Generation:
         for layer in range(engine.model.num_hidden_layers):
             for cache, which in ((engine.cache.k, 0), (engine.cache.v, 1)):
                 rows = torch.stack([self.prefilled[p][0][layer][which] for p, _ in taken])  # [R, heads, Tp, D]
-                cache[layer][at, :, : rows.shape[2]] = rows
+                cache[layer][at, :, : rows.shape[2]] = rows.to(engine.cache.dtype)
         for p, _ in taken:
             logits.append(self.prefilled[p][1])
             routes.append([self.prefilled[p][2]])

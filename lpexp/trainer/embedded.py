@@ -106,9 +106,9 @@ class EmbeddedRank:
 
         import torch
 
-        from lpexp.model.decoder import Decoder, pick_device, span_of
+        from lpexp.model.decoder import Decoder, pick_device, settle, span_of
 
-        torch.set_num_threads(exp.cluster.threads)
+        settle(exp.cluster.threads)
         self.exp, self.spec, self.rank, self.ranks = exp, spec, rank, ranks
         self.device = pick_device(spec.device)
         self.model = exp.model.sized()
@@ -346,13 +346,12 @@ class EmbeddedRank:
 
         from lpexp.model.decoder import token_entropy, token_logprobs
 
-        tokens = torch.from_numpy(part.tokens_NT.astype(np.int64)).to(self.device)
-        mask = torch.from_numpy(part.mask_NT).to(self.device)
-        hidden = self.decoder.hidden(weights, tokens, self.span)
-        before = hidden[:, :-1][mask[:, 1:]]  # the hidden state that predicts each response token
-        logits = self.decoder.head(weights, before)
+        view = Shared(part, self.exp.task.max_prompt)
+        prompts, answers, owner, lengths, before, tokens = (torch.from_numpy(a).to(self.device) for a in view.arrays)
+        hidden = self.decoder.continued(weights, prompts, answers, owner, lengths, self.span)
+        logits = self.decoder.head(weights, hidden[before])  # of the token before each response token
         temperature = self.exp.rollout.temperature
-        return token_logprobs(logits, tokens[mask], temperature), token_entropy(logits.detach(), temperature)
+        return token_logprobs(logits, tokens, temperature), token_entropy(logits.detach(), temperature)
 
     def _backward(
         self, part: Batch, found: Found, start: int, ahead: bool, num_tokens: int, num_samples: int
@@ -422,6 +421,28 @@ class EmbeddedRank:
             weight_decay=spec.weight_decay, eps=spec.eps, maximize=False,
         )  # fmt: skip
         return lr
+
+
+class Shared:
+    """A batch seen as prompts and answers: each prompt once, however many samples it has."""
+
+    def __init__(self, part: Batch, max_prompt: int):
+        prompts, first, owner = np.unique(part.prompt_ids_N, return_index=True, return_inverse=True)
+        lengths = part.prompt_lengths_N.astype(np.int64)
+        sizes = part.lengths_N - lengths  # response tokens; the last one is predicted, never read
+        width = max(int(sizes.max()) - 1, 1)
+        tokens = part.tokens_NT.astype(np.int64)
+        places = np.minimum(lengths[:, None] + np.arange(width), tokens.shape[1] - 1)
+        answers = np.take_along_axis(tokens, places, 1)
+        asked = np.zeros((len(prompts), max_prompt), np.int64)
+        filled = min(max_prompt, tokens.shape[1])
+        asked[:, :filled] = np.where(np.arange(filled) < lengths[first, None], tokens[first, :filled], 0)
+        # The row that predicts response token j of sample n: the prompt's last, then the answer's j - 1.
+        n, j = np.nonzero(np.arange(int(sizes.max())) < sizes[:, None])
+        at_prompt = owner[n] * max_prompt + lengths[n] - 1
+        at_answer = len(prompts) * max_prompt + n * width + j - 1
+        before = np.where(j == 0, at_prompt, at_answer)
+        self.arrays = (asked, answers, owner, lengths, before, tokens[n, lengths[n] + j])
 
 
 class Found:
