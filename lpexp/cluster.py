@@ -7,6 +7,7 @@ words only, so `cluster=inline` runs the same classes in one process. ray is imp
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -133,24 +134,27 @@ class _InlineHandle:
 
 
 class _RayFuture:
+    """A call to an actor; the answer is fetched once."""
+
     def __init__(self, name: str, ref: Any):
         self.name, self._ref = name, ref
+        self._settled: _Done | None = None
 
-    def _wait(self) -> None:
+    def _wait(self) -> _Done:
         import ray
 
-        while not ray.wait([self._ref], timeout=0.5)[0]:
-            pass  # short waits, so that a signal is handled between them
+        if self._settled is None:
+            while not ray.wait([self._ref], timeout=0.5)[0]:
+                pass  # short waits, so that a signal is handled between them
+            try:
+                self._settled = _Done(pickle.loads(ray.get(self._ref)))  # from our own worker, over loopback
+            except Exception as error:
+                self._settled = _Done(None, error)
+            self._ref = None
+        return self._settled
 
     def error(self) -> BaseException | None:
-        import ray
-
-        self._wait()
-        try:
-            ray.get(self._ref)
-        except Exception as error:
-            return error
-        return None
+        return self._wait().error()
 
     def died(self) -> bool:
         from ray.exceptions import ActorDiedError, ActorUnavailableError, WorkerCrashedError
@@ -158,19 +162,14 @@ class _RayFuture:
         return isinstance(self.error(), ActorDiedError | ActorUnavailableError | WorkerCrashedError)
 
     def result(self) -> Any:
-        import ray
-        from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
+        from ray.exceptions import RayTaskError
 
-        self._wait()
-        try:
-            return ray.get(self._ref)
-        except (ActorDiedError, ActorUnavailableError) as error:
+        error = self.error()
+        if self.died():
             raise RunError(f"worker {self.name} died: {_first_line(error)}") from error
-        except RayTaskError as error:
-            cause = error.cause
-            if isinstance(cause, RunError | ConfigError):
-                raise cause from None
-            raise
+        if isinstance(error, RayTaskError) and isinstance(error.cause, RunError | ConfigError):
+            raise error.cause from None
+        return self._wait().result()
 
 
 class _RayHandle:
@@ -188,7 +187,7 @@ class _RayHandle:
 
     def call_two(self, method: str, *args: Any) -> tuple[Any, Future]:
         """The references of a pair's halves; the first is passed on unseen, and kept alive by whoever holds it."""
-        first, second = self._actor.call.options(num_returns=2).remote(method, *args)
+        first, second = self._actor.call_two.options(num_returns=2).remote(method, *args)
         return first, _RayFuture(self.name, second)
 
     def stop(self) -> None:
@@ -203,8 +202,13 @@ class _Worker:
     def __init__(self, kind: type, args: tuple[Any, ...]):
         self._held = kind(*args)
 
-    def call(self, method: str, *args: Any) -> Any:
-        return os.getpid() if method == "pid" else getattr(self._held, method)(*args)
+    def call(self, method: str, *args: Any) -> bytes:
+        answer = os.getpid() if method == "pid" else getattr(self._held, method)(*args)
+        return pickle.dumps(answer, pickle.HIGHEST_PROTOCOL)  # in one piece: Ray handles each array of an answer singly
+
+    def call_two(self, method: str, *args: Any) -> tuple[Any, bytes]:
+        bulk, report = getattr(self._held, method)(*args)
+        return bulk, pickle.dumps(report, pickle.HIGHEST_PROTOCOL)
 
 
 def _open_ray(cluster: Cluster) -> None:

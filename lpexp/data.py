@@ -85,11 +85,7 @@ class Batch:
 
     def rows(self, start: int, stop: int) -> Batch:
         """The samples start..stop as a Batch of the same T (views, no copy)."""
-        cut = {
-            name: value[start:stop]
-            for name, value in vars(self).items()
-            if isinstance(value, np.ndarray)
-        }
+        cut = {name: value[start:stop] for name, value in vars(self).items() if isinstance(value, np.ndarray)}
         return Batch(**{**vars(self), **cut})
 
 

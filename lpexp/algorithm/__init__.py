@@ -21,8 +21,12 @@ class Algorithm(Spec):
 
     ABSTRACT: ClassVar[bool] = True
     samples_per_prompt: int = Field(ge=1)  # G
-    updates_per_batch: int = Field(default=1, ge=1)  # optimiser steps on one batch, each on an equal share of its groups
-    kl_coef: float = Field(default=0.0, ge=0)  # weight of the KL-to-reference penalty in the loss; 0: no reference is kept
+    updates_per_batch: int = Field(
+        default=1, ge=1
+    )  # optimiser steps on one batch, each on an equal share of its groups
+    kl_coef: float = Field(
+        default=0.0, ge=0
+    )  # weight of the KL-to-reference penalty in the loss; 0: no reference is kept
 
     @abstractmethod
     def advantages(self, rewards_PG: np.ndarray) -> np.ndarray:

@@ -14,14 +14,14 @@ from __future__ import annotations
 import ctypes
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lpexp.model import Model
-from lpexp.precision import Parts, Precision
+from lpexp.precision import Parts, Precision, numeric
 
 QUERY_ROWS = 4  # float64 products on CPU are row-invariant from 4 rows on
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -35,6 +35,7 @@ class Weights(ABC):
     def __init__(self, model: Model, precision: Precision):
         self.precision, self.plain = precision, precision.plain
         self.kinds = {param.name: param for param in model.params()}
+        self._together: dict[tuple[str, ...], Any] = {}
         self.covered = {name for name, param in self.kinds.items() if precision.covers(param, model.moe is not None)}
 
     def round(self, x: Tensor) -> Tensor:
@@ -47,6 +48,27 @@ class Weights(ABC):
     @abstractmethod
     def linear(self, x: Tensor, name: str) -> Tensor:
         """x [..., I] @ W[name] [O, I].T, rounded to the activations' precision."""
+
+    def linears(self, x: Tensor, names: Sequence[str]) -> Sequence[Tensor]:
+        """`linear` by each name; one product where the precision can join the matrices without changing a code."""
+        joined = self._joined(tuple(names))
+        if joined is None:
+            return [self.linear(x, name) for name in names]
+        return joined(x).split([self.kinds[name].shape[0] for name in names], -1)
+
+    @abstractmethod
+    def _joined(self, names: tuple[str, ...]) -> Callable[[Tensor], Tensor] | None: ...
+
+    def side(self, name: str) -> Precision:
+        return self.precision if name in self.covered else self.plain
+
+    def _join(self, names: tuple[str, ...], operands: Mapping[str, Any]) -> Any:
+        """The operands as one, made once; None where a block would straddle two matrices or their precisions differ."""
+        if names not in self._together:
+            sides = {name in self.covered for name in names}
+            alike = self.side(names[0]).join([operands[name] for name in names]) if len(sides) == 1 else None
+            self._together[names] = alike
+        return self._together[names]
 
     def accumulate(self, x: Tensor, name: str) -> Tensor:
         """The same product left in float32: router and head."""
@@ -65,10 +87,18 @@ class TrainWeights(Weights):
         return self.leaves[name]
 
     def linear(self, x: Tensor, name: str) -> Tensor:
-        precision = self.precision if name in self.covered else self.plain
+        return self.side(name).linear(x, self.leaves[name], self._operand(name))
+
+    def _operand(self, name: str) -> Any:
         if name not in self._operands:  # once per weight version: quantising costs as much as a small product
-            self._operands[name] = precision.operand(precision.quantize(self.leaves[name].detach()))
-        return precision.linear(x, self.leaves[name], self._operands[name])
+            self._operands[name] = self.side(name).operand(self.side(name).quantize(self.leaves[name].detach()))
+        return self._operands[name]
+
+    def _joined(self, names: tuple[str, ...]) -> Callable[[Tensor], Tensor] | None:
+        operand = self._join(names, {name: self._operand(name) for name in names})
+        if operand is None:
+            return None
+        return lambda x: self.side(names[0]).linear(x, torch.cat([self.leaves[name] for name in names]), operand)
 
 
 class ServedWeights(Weights):
@@ -81,7 +111,7 @@ class ServedWeights(Weights):
             raise KeyError(f"served weights lack {missing[0]} and {len(missing) - 1} more")
         self._operands = {}
         for name, param in self.kinds.items():
-            side = self.precision if name in self.covered else self.plain
+            side = self.side(name)
             whole = len(param.shape) == 2 and param.kind not in ("embed", "head", "router")
             self._operands[name] = side.operand(parts[name]) if whole else self.plain.dequantize(parts[name])
         if model.tie_word_embeddings:
@@ -91,8 +121,11 @@ class ServedWeights(Weights):
         return self._operands[name]
 
     def linear(self, x: Tensor, name: str) -> Tensor:
-        side = self.precision if name in self.covered else self.plain
-        return side.serve(x, self._operands[name])
+        return self.side(name).serve(x, self._operands[name])
+
+    def _joined(self, names: tuple[str, ...]) -> Callable[[Tensor], Tensor] | None:
+        operand = self._join(names, self._operands)
+        return None if operand is None else lambda x: self.side(names[0]).serve(x, operand)
 
 
 class Cache:
@@ -178,7 +211,7 @@ class Decoder:
         lengths_N: Tensor,
         span: int | None = None,
     ) -> Tensor:
-        """Answers whose prompts are computed once for all of them -> hidden states of the rows [P * Tp + N * Ta, H].
+        """Answers whose prompts are computed once for all of them -> hidden states [P * Tp + N * Ta + filler, H].
 
         prompts_PT [P, Tp] and answers_NT [N, Ta] are right-padded; answer n continues prompt owner_N[n], which has
         lengths_N[n] tokens. The same bits as `hidden` of the joined sequences, for a fraction of the rows.
@@ -195,25 +228,30 @@ class Decoder:
         source_NS = torch.where(keys_S < lengths_N[:, None], keys_S, keys_S - lengths_N[:, None] + tp)
         source_NS = source_NS.clamp_max(tp + ta - 1)
 
-        def joined(rows: Tensor) -> tuple[Tensor, Tensor]:
-            before = rows[:split].unflatten(0, (prompts, tp)).transpose(1, 2)  # [P, heads, Tp, D]
-            own = rows[split:].unflatten(0, (answers, ta)).transpose(1, 2)  # [N, heads, Ta, D]
+        filler = -(split + answers * ta) % numeric.PAD_ROWS  # padded once here, no product needs to pad again
+        sizes = (split, answers * ta, filler)
+
+        def joined(before: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+            before = before.unflatten(0, (prompts, tp)).transpose(1, 2)  # [P, heads, Tp, D]
+            own = own.unflatten(0, (answers, ta)).transpose(1, 2)  # [N, heads, Ta, D]
             whole = torch.cat((before.index_select(0, owner_N), own), 2)
             if ragged:
                 index = source_NS[:, None, :, None].expand(-1, whole.shape[1], -1, whole.shape[3])
-                return before, whole.gather(2, index)
-            return before, pad_keys(whole, span)
+                return pad_keys(before, span), whole.gather(2, index)
+            return pad_keys(before, span), pad_keys(whole, span)
 
         def attend(layer: int, q_R: Tensor, k_R: Tensor, v_R: Tensor) -> Tensor:
-            (k, k_whole), (v, v_whole) = joined(k_R), joined(v_R)
-            q = q_R[:split].unflatten(0, (prompts, tp)).transpose(1, 2)
-            first = attention(q, pad_keys(k, span), pad_keys(v, span), causal_TS, self.scale)
-            q = q_R[split:].unflatten(0, (answers, ta)).transpose(1, 2)
-            second = attention(q, k_whole, v_whole, allowed_NTS, self.scale)
-            return torch.cat((first.transpose(1, 2).flatten(0, 1), second.transpose(1, 2).flatten(0, 1)))
+            (q, q_own, _), (k, k_own, _), (v, v_own, _) = (rows.split(sizes) for rows in (q_R, k_R, v_R))
+            (k, k_whole), (v, v_whole) = joined(k, k_own), joined(v, v_own)
+            q = q.unflatten(0, (prompts, tp)).transpose(1, 2)
+            first = attention(q, k, v, causal_TS, self.scale).transpose(1, 2).flatten(0, 1)
+            q = q_own.unflatten(0, (answers, ta)).transpose(1, 2)
+            second = attention(q, k_whole, v_whole, allowed_NTS, self.scale).transpose(1, 2).flatten(0, 1)
+            return torch.cat((first, second, first.new_zeros(filler, *first.shape[1:])))
 
-        tokens_R = torch.cat((prompts_PT.reshape(-1), answers_NT.reshape(-1)))
-        positions_R = torch.cat((torch.arange(tp, device=device).repeat(prompts), places_NT.reshape(-1)))
+        none = prompts_PT.new_zeros(filler)
+        tokens_R = torch.cat((prompts_PT.reshape(-1), answers_NT.reshape(-1), none))
+        positions_R = torch.cat((torch.arange(tp, device=device).repeat(prompts), places_NT.reshape(-1), none))
         return self._layers(weights, tokens_R, positions_R, attend, None)
 
     def decode(
@@ -262,8 +300,8 @@ class Decoder:
     def _grouped(self, weights: Weights, x: Tensor, at: str, rope: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """Grouped-query attention: q [R, Hq, D], k and v [R, Hkv, D]."""
         heads = []
-        for name in "qkv":
-            y = weights.linear(x, f"{at}.{name}_proj.weight")
+        together = weights.linears(x, [f"{at}.{name}_proj.weight" for name in "qkv"])
+        for name, y in zip("qkv", together, strict=True):
             if f"{at}.{name}_proj.bias" in weights.kinds:
                 y = weights.round(y + weights.tensor(f"{at}.{name}_proj.bias"))
             y = y.unflatten(-1, (-1, self.model.head_dim))  # [R, heads, D]
@@ -331,8 +369,7 @@ class Decoder:
 
 def mlp(weights: Weights, x: Tensor, at: str) -> Tensor:
     """SwiGLU on rows [R, H]."""
-    gate = weights.linear(x, f"{at}.gate_proj.weight")
-    up = weights.linear(x, f"{at}.up_proj.weight")
+    gate, up = weights.linears(x, [f"{at}.gate_proj.weight", f"{at}.up_proj.weight"])
     return weights.linear(weights.round(_SiluMul.apply(gate, up)), f"{at}.down_proj.weight")  # type: ignore[arg-type]
 
 
@@ -378,29 +415,48 @@ class _RmsNorm(torch.autograd.Function):
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float) -> Tensor:
-    """softmax(q k^T * scale) v in float64, rounded once to float32.
+    """softmax(q k^T * scale) v in float64, rounded once to float32; gradients in float32.
 
     q [B, Hq, T, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv], allowed [T, S] or [B, T, S] -> [B, Hq, T, Dv].
     Query rows are padded to QUERY_ROWS and keys to a fixed span, so that a sequence scored whole and one decoded
     token by token run the same sums. Forbidden keys have weight exactly 0.
     """
-    batch, heads, length, dim = q.shape
-    groups = k.shape[1]
-    rows = q.double().reshape(batch, groups, -1, dim)  # [B, Hkv, Hq/Hkv * T, D]
-    short = -rows.shape[2] % QUERY_ROWS
-    if short:
-        rows = torch.nn.functional.pad(rows, (0, 0, 0, short))
-    scores = rows @ k.double().transpose(2, 3)  # [B, Hkv, R, S]
-    scores = scores[:, :, : rows.shape[2] - short].reshape(batch, heads, length, -1) * scale
-    allowed = allowed[None, None] if allowed.dim() == 2 else allowed[:, None]
-    scores = scores.masked_fill(~allowed, -torch.inf)
-    weights = torch.exp(scores - scores.detach().amax(-1, keepdim=True))
-    total = weights.sum(-1, keepdim=True)
-    rows = weights.view(batch, groups, -1, weights.shape[-1])
-    if short:
-        rows = torch.nn.functional.pad(rows, (0, 0, 0, short))
-    mixed = rows @ v.double()  # [B, Hkv, R, Dv]
-    return (mixed[:, :, : rows.shape[2] - short].reshape(batch, heads, length, -1) / total).float()
+    return _Attention.apply(q, k, v, allowed[None, None] if allowed.dim() == 2 else allowed[:, None], scale)  # type: ignore[return-value]
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float) -> Tensor:
+        batch, heads, length, dim = q.shape
+        groups = k.shape[1]
+        rows = q.double().reshape(batch, groups, -1, dim)  # [B, Hkv, Hq/Hkv * T, D]
+        short = -rows.shape[2] % QUERY_ROWS
+        if short:
+            rows = torch.nn.functional.pad(rows, (0, 0, 0, short))
+        scores = (rows @ k.double().transpose(2, 3)).mul_(scale)  # [B, Hkv, R, S]
+        own = scores[:, :, : rows.shape[2] - short].unflatten(2, (heads // groups, length))
+        own.masked_fill_(~allowed[:, :, None], -torch.inf)
+        weights = scores.sub_(scores.amax(-1, keepdim=True)).exp_()
+        total = weights.sum(-1, keepdim=True)
+        mixed = (weights @ v.double()).div_(total)[:, :, : rows.shape[2] - short]  # [B, Hkv, R, Dv]
+        out = mixed.reshape(batch, heads, length, -1).float()
+        if any(ctx.needs_input_grad):
+            share = weights.div_(total)[:, :, : rows.shape[2] - short].float()
+            ctx.save_for_backward(q, k, v, share, out)
+            ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        q, k, v, share, out = ctx.saved_tensors  # share: the softmax [B, Hkv, R, S]
+        batch, groups, rows = share.shape[:3]
+        dy = grad.reshape(batch, groups, rows, -1)
+        dv = share.transpose(2, 3) @ dy
+        inner = (grad * out).sum(-1, keepdim=True).reshape(batch, groups, rows, 1)
+        dscores = (dy @ v.float().transpose(2, 3)).sub_(inner).mul_(share).mul_(ctx.scale)
+        dq = (dscores @ k.float()).reshape(q.shape)
+        dk = dscores.transpose(2, 3) @ q.reshape(batch, groups, rows, -1)
+        return dq, dk, dv, None, None
 
 
 def pad_keys(x: Tensor, span: int) -> Tensor:

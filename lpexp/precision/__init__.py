@@ -13,7 +13,7 @@ import importlib
 import json
 import pkgutil
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import PlainValidator
@@ -85,9 +85,17 @@ class Precision(Spec):
     def operand(self, parts: Parts) -> Any:
         """What the matrix product reads, made once per weight version from the served parts."""
 
+    def join(self, operands: Sequence[Any]) -> Any | None:
+        """Operands of matrices that share their input as one operand with the rows of all; None where that would
+        change a code, as when a block would straddle two of them."""
+        return None
+
     @abstractmethod
     def linear(self, x: Tensor, weight: Tensor, operand: Any = None) -> Tensor:
-        """x [..., in] @ weight [out, in].T with autograd, as trained; `operand` of the same weight saves its making."""
+        """x [..., in] @ weight [out, in].T with autograd, as trained; x holds values that `round` leaves alone.
+
+        `operand` of the same weight saves its making.
+        """
 
     @abstractmethod
     def serve(self, x: Tensor, operand: Any) -> Tensor:

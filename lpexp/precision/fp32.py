@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lpexp.data import Param
@@ -32,6 +33,11 @@ class Fp32(Precision):
 
     def operand(self, parts: Parts) -> Tensor:
         return self.dequantize(parts)
+
+    def join(self, operands: Sequence[Tensor]) -> Tensor:
+        import torch
+
+        return torch.cat(list(operands))
 
     def linear(self, x: Tensor, weight: Tensor, operand: Tensor | None = None) -> Tensor:
         from lpexp.precision import numeric

@@ -9,7 +9,7 @@ quantiser: round(clamp(x / s)) with s = max(amax, 1e-10) / 448, as SGLang's CUDA
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -71,6 +71,17 @@ class Fp8(Precision):
         rows, cols = codes.shape
         return Operand(numeric.from_e4m3(codes), numeric.spread(scale.t(), rows), numeric.spread(scale, cols))
 
+    def join(self, operands: Sequence[Operand]) -> Operand | None:
+        import torch
+
+        from lpexp.precision import numeric
+
+        if any(operand.codes.shape[0] % numeric.BLOCK for operand in operands):
+            return None
+        return Operand(
+            *(torch.cat(parts, dim) for parts, dim in zip(zip(*operands, strict=True), (0, 1, 0), strict=True))
+        )
+
     def linear(self, x: Tensor, weight: Tensor, operand: Operand | None = None) -> Tensor:
         made = self.operand(self.quantize(weight)) if operand is None else operand
         return _product().apply(x, weight, made, self)
@@ -78,7 +89,7 @@ class Fp8(Precision):
     def serve(self, x: Tensor, operand: Operand) -> Tensor:
         from lpexp.precision import numeric
 
-        return _forward(numeric.bf16(x), operand, self._pow2)
+        return _forward(x, operand, self._pow2)
 
     def served_bytes(self, shape: tuple[int, ...]) -> int:
         rows, cols = shape
@@ -147,7 +158,6 @@ def _product() -> Any:
     class Product(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor, weight: Tensor, operand: Operand, spec: Fp8) -> Tensor:
-            x = numeric.bf16(x)
             ctx.save_for_backward(x, weight, *operand)
             ctx.spec = spec
             return _forward(x, operand, spec._pow2)

@@ -8,7 +8,7 @@ Left out: asymmetric grids, calibrated codes, activation quantisation. Layout: c
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lpexp.config import rule
@@ -112,6 +112,11 @@ class Int4Qat(Precision):
 
     def operand(self, parts: Parts) -> Tensor:
         return self.dequantize(parts)
+
+    def join(self, operands: Sequence[Tensor]) -> Tensor:
+        import torch
+
+        return torch.cat(list(operands))
 
     def linear(self, x: Tensor, weight: Tensor, operand: Tensor | None = None) -> Tensor:
         return PLAIN.linear(x, weight, self.operand(self.quantize(weight)) if operand is None else operand)

@@ -85,14 +85,14 @@ def matmul_bf16(x: Tensor, w: Tensor) -> Tensor:
 class _Linear(torch.autograd.Function):
     """Y = round(X W^T), dX = round(dY W), dW = dY^T X in float32; `w` holds the values, `weight` takes the gradient.
 
-    X and dY are rounded on entry too, which changes nothing where the caller carries rounded values.
+    X holds rounded values already, as everything between modules does; dY is rounded on entry.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, w: Tensor, round: Round, product: Product, unrounded: bool
     ) -> Tensor:
-        x2 = round(x.reshape(-1, x.shape[-1]))
+        x2 = x.reshape(-1, x.shape[-1])
         ctx.save_for_backward(x2, w)
         ctx.shape, ctx.round, ctx.product, ctx.unrounded = x.shape, round, product, unrounded
         y = product(x2, w)

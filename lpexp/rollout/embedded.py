@@ -156,9 +156,7 @@ class Generation:
                 keep,
             )
             if keep is not None:
-                chosen = (
-                    torch.stack(keep, 1).cpu().numpy().astype(np.int16)
-                )  # [R, layers, K]
+                chosen = torch.stack(keep, 1).cpu().numpy().astype(np.int16)  # [R, layers, K]
                 for i, choice in enumerate(chosen):
                     routes[i].append(choice[None])
             logits = engine.decoder.head(engine.weights, hidden)

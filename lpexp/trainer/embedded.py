@@ -346,7 +346,7 @@ class EmbeddedRank:
 
         from lpexp.model.decoder import token_entropy, token_logprobs
 
-        view = Shared(part, self.exp.task.max_prompt)
+        view = Shared(part)
         prompts, answers, owner, lengths, before, tokens = (torch.from_numpy(a).to(self.device) for a in view.arrays)
         hidden = self.decoder.continued(weights, prompts, answers, owner, lengths, self.span)
         logits = self.decoder.head(weights, hidden[before])  # of the token before each response token
@@ -426,21 +426,19 @@ class EmbeddedRank:
 class Shared:
     """A batch seen as prompts and answers: each prompt once, however many samples it has."""
 
-    def __init__(self, part: Batch, max_prompt: int):
+    def __init__(self, part: Batch):
         prompts, first, owner = np.unique(part.prompt_ids_N, return_index=True, return_inverse=True)
         lengths = part.prompt_lengths_N.astype(np.int64)
         sizes = part.lengths_N - lengths  # response tokens; the last one is predicted, never read
-        width = max(int(sizes.max()) - 1, 1)
+        width, longest = max(int(sizes.max()) - 1, 1), int(lengths.max())
         tokens = part.tokens_NT.astype(np.int64)
         places = np.minimum(lengths[:, None] + np.arange(width), tokens.shape[1] - 1)
         answers = np.take_along_axis(tokens, places, 1)
-        asked = np.zeros((len(prompts), max_prompt), np.int64)
-        filled = min(max_prompt, tokens.shape[1])
-        asked[:, :filled] = np.where(np.arange(filled) < lengths[first, None], tokens[first, :filled], 0)
+        asked = np.where(np.arange(longest) < lengths[first, None], tokens[first, :longest], 0)
         # The row that predicts response token j of sample n: the prompt's last, then the answer's j - 1.
         n, j = np.nonzero(np.arange(int(sizes.max())) < sizes[:, None])
-        at_prompt = owner[n] * max_prompt + lengths[n] - 1
-        at_answer = len(prompts) * max_prompt + n * width + j - 1
+        at_prompt = owner[n] * longest + lengths[n] - 1
+        at_answer = len(prompts) * longest + n * width + j - 1
         before = np.where(j == 0, at_prompt, at_answer)
         self.arrays = (asked, answers, owner, lengths, before, tokens[n, lengths[n] + j])
 
