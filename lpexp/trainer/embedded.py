@@ -492,19 +492,23 @@ class QuantStats:
         return self.quantised / self.total
 
     def result(self) -> dict[str, dict[str, float]]:
+        """Per class; what the precision does not tell of its codes or scales is absent."""
         merged = {}
         for kind, found in self.classes.items():
-            size = sum(n for n, _, _ in found)
+            sizes, told = [n for n, _, _ in found], [stats for _, _, stats in found]
             lost = sum(square * stats["rel_error"] ** 2 for _, square, stats in found)
             rel_error = (lost / sum(square for _, square, _ in found)) ** 0.5
             merged[kind] = {
                 "rel_error": rel_error,
                 "sqnr_db": -20 * float(np.log10(rel_error)) if rel_error else float("inf"),
-                "saturated_frac": sum(n * stats["saturated_frac"] for n, _, stats in found) / size,
-                "zero_block_frac": sum(n * stats["zero_block_frac"] for n, _, stats in found) / size,
-                "scale_min": min(stats["scale_min"] for _, _, stats in found),
-                "scale_max": max(stats["scale_max"] for _, _, stats in found),
             }
+            for key in ("saturated_frac", "zero_block_frac"):
+                if key in told[0]:
+                    shares = zip(sizes, told, strict=True)
+                    merged[kind][key] = sum(n * stats[key] for n, stats in shares) / sum(sizes)
+            for key, extreme in (("scale_min", min), ("scale_max", max)):
+                if key in told[0]:
+                    merged[kind][key] = extreme(stats[key] for stats in told)
         return merged
 
 

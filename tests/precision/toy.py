@@ -19,6 +19,7 @@ PLAIN = Bf16(name="bf16")
 
 
 class ToyRows(Precision):
+    reads = "quant_method toy_rows"
     top: int = 127
 
     def covers(self, param, moe):
@@ -52,6 +53,15 @@ class ToyRows(Precision):
 
     def format(self):
         return {"identity": f"toy:rows:top={self.top}"}
+
+    def hf(self, params, moe):
+        return {"quant_method": "toy_rows", "top": self.top}
+
+    @classmethod
+    def read_hf(cls, config, params, moe):
+        if config.get("quant_method") != "toy_rows":
+            return None
+        return cls(name="toy_rows", top=config["top"])
 '''
 CARD = f"_target_: lpexp.precision.{NAME}.ToyRows\nname: {NAME}\n"
 
