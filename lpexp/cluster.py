@@ -82,12 +82,12 @@ class Workers:
         """The process of each worker; waits until all have started."""
         return {name: future.result() for name, future in [(h.name, h.call("pid")) for h in self.handles]}
 
-    def share(self, handle: Handle, method: str, *args: Any) -> tuple[Any, Any]:
+    def share(self, handle: Handle, method: str, *args: Any) -> tuple[Any, Future]:
         """Call a method that answers (bulk, report): the bulk stays with the workers, the report comes here."""
-        if not isinstance(handle, _RayHandle):
-            return handle.call(method, *args).result()
-        bulk, report = handle.call_two(method, *args)
-        return bulk, report.result()
+        if isinstance(handle, _RayHandle):
+            return handle.call_two(method, *args)
+        bulk, report = handle.call(method, *args).result()
+        return bulk, _Done(report)
 
     def close(self) -> None:
         if self.cluster.kind == "ray":
@@ -203,12 +203,13 @@ class _Worker:
         self._held = kind(*args)
 
     def call(self, method: str, *args: Any) -> bytes:
+        args = tuple(pickle.loads(arg) if isinstance(arg, bytes) else arg for arg in args)  # another worker's bulk
         answer = os.getpid() if method == "pid" else getattr(self._held, method)(*args)
         return pickle.dumps(answer, pickle.HIGHEST_PROTOCOL)  # in one piece: Ray handles each array of an answer singly
 
-    def call_two(self, method: str, *args: Any) -> tuple[Any, bytes]:
+    def call_two(self, method: str, *args: Any) -> tuple[bytes, bytes]:
         bulk, report = getattr(self._held, method)(*args)
-        return bulk, pickle.dumps(report, pickle.HIGHEST_PROTOCOL)
+        return pickle.dumps(bulk, pickle.HIGHEST_PROTOCOL), pickle.dumps(report, pickle.HIGHEST_PROTOCOL)
 
 
 def _open_ray(cluster: Cluster) -> None:

@@ -149,13 +149,18 @@ class Note:
         self._metrics: Metrics = {}
         self._spent: dict[str, float] = {}  # seconds that a trainer reported from inside a timed part
         self._generated = self._samples = self._longest = self._learned = 0
+        self._generating = 0.0
 
     def time(self, name: str) -> contextlib.AbstractContextManager[None]:
         """Seconds spent inside count as time/<name>; those of a part inside another count for the inner one only."""
         return self._log.time(name)
 
-    def rollout(self, groups: Sequence[Group]) -> None:
-        """Scored groups, all samples of the step before any filter: reward/* and response/*."""
+    def rollout(self, groups: Sequence[Group], seconds: float) -> None:
+        """Scored groups, all samples of the step before any filter: reward/* and response/*.
+
+        `seconds` is how long they were generated, which the wait for them may be shorter than.
+        """
+        self._generating = seconds
         self._add(reward_metrics(groups) | response_metrics(groups))
         lengths = [len(sample.tokens_T) for group in groups for sample in group.samples]
         self._generated, self._samples, self._longest = sum(lengths), len(lengths), max(lengths)
@@ -195,10 +200,10 @@ class Note:
         """The step's line, complete. RunError when a value is not finite, naming its key."""
         times = self._log._clock.stop(self._spent)
         speeds = {
-            "throughput/rollout_tokens_per_s": (self._generated, times.get("time/rollout")),
+            "throughput/rollout_tokens_per_s": (self._generated, self._generating),
             "throughput/train_tokens_per_s": (self._learned, times.get("time/learn")),
             "throughput/samples_per_s": (self._samples, times["time/step"]),
-            "throughput/longest_sample_tokens_per_s": (self._longest, times.get("time/rollout")),
+            "throughput/longest_sample_tokens_per_s": (self._longest, self._generating),
         }
         self._add(times | {key: amount / seconds for key, (amount, seconds) in speeds.items() if amount and seconds})
         self._add({"memory/host_rss_bytes": _resident_bytes()})

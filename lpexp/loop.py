@@ -37,15 +37,16 @@ def train(run: Session, step: int) -> None:
             with note.time("eval"):
                 note.eval(exp.task.name, *run.evaluations(step))
         with note.time("rollout"):
-            groups = run.pipeline.next(step)  # sampled by weights at most exp.lag versions old
+            groups, seconds = run.pipeline.next(step)  # sampled by weights at most exp.lag versions old
         with note.time("reward"):
             groups = exp.task.score(groups, run.tokenizer)
-            note.rollout(groups)
+            note.rollout(groups, seconds)
         with note.time("learn"):
             report = trainer.step(exp.algorithm.batch(groups, step))
         note.learn(report)
         with note.time("sync"):
             note.sync(trainer.publish(rollout, version=step + 1))
+            run.pipeline.ask_ahead(step + 1)  # generated while this step is written down
         if step + 1 == exp.steps:
             with note.time("eval"):
                 note.eval(exp.task.name, *run.evaluations(exp.steps))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lpexp import checkpoint
 from lpexp.cluster import Workers
+from lpexp.data import Group
 from lpexp.errors import RunError
 from lpexp.experiment import Experiment
 from lpexp.log import Log
@@ -83,36 +84,45 @@ class Session:
 
 
 class Pipeline:
-    """The batches in order; with lag 1 the next one is generated while this one is learned from."""
+    """The batches in order. The next one is asked for as early as lag allows: before this one is learned from, or
+    once the new weights are served, so that it is generated while the step is written down."""
 
     def __init__(self, session: Session):
-        self.session, self.lag = session, session.exp.lag
-        trainer, rollout, start = session.trainer, session.rollout, session.start
+        self.session = session
         self.pending: dict[int, Pending] = {}
-        if self.lag and start:  # the batch in hand was sampled by the weights one version back
+        trainer, rollout, start = session.trainer, session.rollout, session.start
+        if session.exp.lag and start:  # the batch in hand was sampled by the weights one version back
             session.log.sync(trainer.publish(rollout, start - 1))
-            self._ask(start)
+            self.ask(start)
         session.log.sync(trainer.publish(rollout, start))
 
-    def _ask(self, step: int) -> None:
-        if step not in self.pending and step < self.session.exp.steps:
-            exp = self.session.exp
-            sampling = Sampling(
-                temperature=exp.rollout.temperature,
-                top_p=exp.rollout.top_p,
-                top_k=exp.rollout.top_k,
-                samples=exp.algorithm.samples_per_prompt,
-            )
-            prompts = exp.task.train(exp.seed, step, self.session.tokenizer)
-            self.pending[step] = self.session.rollout.sample(prompts, sampling, step)
+    def ask(self, step: int) -> None:
+        """Start generating the batch of a step, unless that has been done."""
+        exp = self.session.exp
+        if step in self.pending or step >= exp.steps:
+            return
+        sampling = Sampling(
+            temperature=exp.rollout.temperature,
+            top_p=exp.rollout.top_p,
+            top_k=exp.rollout.top_k,
+            samples=exp.algorithm.samples_per_prompt,
+        )
+        prompts = exp.task.train(exp.seed, step, self.session.tokenizer)
+        self.pending[step] = self.session.rollout.sample(prompts, sampling, step)
 
-    def next(self, step: int) -> list:
-        """The groups of this step; asks for the next step's, when lag lets them overlap."""
-        self._ask(step)
-        groups = self.pending.pop(step).result()
-        if self.lag:
-            self._ask(step + 1)
-        return groups
+    def ask_ahead(self, step: int) -> None:
+        """As `ask`, where generating goes on beside the driver; in one process it would only move the time."""
+        if self.session.exp.cluster.kind != "inline":
+            self.ask(step)
+
+    def next(self, step: int) -> tuple[list[Group], float]:
+        """The groups of this step, and the seconds that generating them took."""
+        self.ask(step)
+        pending = self.pending.pop(step)
+        groups = pending.result()
+        if self.session.exp.lag:
+            self.ask(step + 1)
+        return groups, pending.seconds
 
 
 def agree(planned: dict[str, str], loaded: dict[str, str], who: str) -> None:

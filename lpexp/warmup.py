@@ -102,7 +102,7 @@ def train(exp: Experiment) -> tuple[dict[str, Tensor], dict[str, Any]]:
             {n: plain.round(t.detach()) for n, t in masters.items()}, model.params(), plain, model.moe is not None
         )
         engine.load({param.name: freeze(parts) for param, parts in shipped}, step)
-        groups = task.score(engine.sample(prompts, sampling, step), tokenizer)
+        groups = task.score(engine.sample(prompts, sampling, step)[0], tokenizer)
         accuracy = float(np.mean([group.parts["correct"] for group in groups]))
         log.info("warm-up step %d: sampled accuracy %.3f of %.2f", step, accuracy, spec.target)
         if accuracy >= spec.target:

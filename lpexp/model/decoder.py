@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lpexp.data import Param
 from lpexp.model import Model
 from lpexp.precision import Parts, Precision, numeric
 
 QUERY_ROWS = 4  # float64 products on CPU are row-invariant from 4 rows on
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 Rotation = tuple[Tensor, Tensor]  # cos, sin
 SPAN = 16  # keys are padded to a multiple of this
 
@@ -94,6 +95,12 @@ class TrainWeights(Weights):
             self._operands[name] = self.side(name).operand(self.side(name).quantize(self.leaves[name].detach()))
         return self._operands[name]
 
+    def adopt(self, parts: Mapping[str, Parts]) -> None:
+        """Take these parts, quantised from the same weights in the same precision, instead of quantising again."""
+        for name, param in self.kinds.items():
+            if is_product(param):
+                self._operands[name] = self.side(name).operand(parts[name])
+
     def _joined(self, names: tuple[str, ...]) -> Callable[[Tensor], Tensor] | None:
         operand = self._join(names, {name: self._operand(name) for name in names})
         if operand is None:
@@ -112,8 +119,9 @@ class ServedWeights(Weights):
         self._operands = {}
         for name, param in self.kinds.items():
             side = self.side(name)
-            whole = len(param.shape) == 2 and param.kind not in ("embed", "head", "router")
-            self._operands[name] = side.operand(parts[name]) if whole else self.plain.dequantize(parts[name])
+            self._operands[name] = (
+                side.operand(parts[name]) if is_product(param) else self.plain.dequantize(parts[name])
+            )
         if model.tie_word_embeddings:
             self._operands["lm_head.weight"] = self._operands["model.embed_tokens.weight"]
 
@@ -128,6 +136,11 @@ class ServedWeights(Weights):
         return None if operand is None else lambda x: self.side(names[0]).serve(x, operand)
 
 
+def is_product(param: Param) -> bool:
+    """Is this a matrix that `linear` multiplies with? Embedding, head and router are used as they are."""
+    return len(param.shape) == 2 and param.kind not in ("embed", "head", "router")
+
+
 class Cache:
     """Keys and values of `slots` sequences, each up to `span` tokens; in the type that attention reads them in."""
 
@@ -139,6 +152,12 @@ class Cache:
         size = (slots, heads, span)
         self.k = [torch.zeros(*size, k_dim, dtype=self.dtype, device=device) for _ in range(model.num_hidden_layers)]
         self.v = [torch.zeros(*size, v_dim, dtype=self.dtype, device=device) for _ in range(model.num_hidden_layers)]
+
+    def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy whole sequences to other slots."""
+        if sources:
+            for tensor in (*self.k, *self.v):
+                tensor[list(targets)] = tensor[list(sources)]
 
 
 def head_dims(model: Model) -> tuple[int, int, int]:
@@ -260,17 +279,19 @@ class Decoder:
         tokens_B: Tensor,
         positions_B: Tensor,
         cache: Cache,
-        slots_B: Tensor,
         routes: list[Tensor] | None = None,
     ) -> Tensor:
-        """One token a sequence: writes keys and values at its position, attends over its slot -> hidden [B, H]."""
+        """One token for each of the cache's first B sequences, at its position -> hidden [B, H]."""
+        rows = len(tokens_B)
         allowed_B1S = (torch.arange(cache.span, device=tokens_B.device) <= positions_B[:, None])[:, None]
+        rows_B = torch.arange(rows, device=tokens_B.device)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            cache.k[layer][slots_B, :, positions_B] = k.to(cache.dtype)
-            cache.v[layer][slots_B, :, positions_B] = v.to(cache.dtype)
-            keys, values = cache.k[layer].index_select(0, slots_B), cache.v[layer].index_select(0, slots_B)
-            return attention(q[:, :, None], keys, values, allowed_B1S, self.scale)[:, :, 0]
+            cache.k[layer][rows_B, :, positions_B] = k.to(cache.dtype)
+            cache.v[layer][rows_B, :, positions_B] = v.to(cache.dtype)
+            return attention(q[:, :, None], cache.k[layer][:rows], cache.v[layer][:rows], allowed_B1S, self.scale)[
+                :, :, 0
+            ]
 
         return self._layers(weights, tokens_B, positions_B, attend, routes)
 
@@ -567,3 +588,4 @@ def settle(threads: int) -> None:
     if hasattr(libc, "mallopt"):  # glibc; elsewhere only the speed differs
         libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
         libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+        libc.mallopt(M_ARENA_MAX, 1)  # other threads' arenas are cut off at 64 MiB and fault again

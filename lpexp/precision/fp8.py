@@ -87,7 +87,6 @@ class Fp8(Precision):
         return _product().apply(x, weight, made, self)
 
     def serve(self, x: Tensor, operand: Operand) -> Tensor:
-        from lpexp.precision import numeric
 
         return _forward(x, operand, self._pow2)
 

@@ -29,6 +29,8 @@ class Sampling(Spec):
 class Pending(Protocol):
     """A batch of groups being generated; the dispatcher heals dead engines while one waits on it."""
 
+    seconds: float  # the longest that an engine generated, known once there is a result
+
     def result(self) -> list[Group]: ...
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -21,6 +22,8 @@ from lpexp.precision import digest
 from lpexp.rollout import RolloutSpec, Sampling
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lpexp.cluster import Future, Handle, Workers
     from lpexp.experiment import Experiment
     from lpexp.precision.wire import Frozen
@@ -83,154 +86,167 @@ class EmbeddedEngine:
         self.version = version
         return checksum(held), time.perf_counter() - start
 
-    def sample(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> list[Group]:
-        """`sampling.samples` answers to each prompt, in order."""
+    def sample(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> tuple[list[Group], float]:
+        """`sampling.samples` answers to each prompt, in order; and the seconds that took."""
         import torch
 
+        begin = time.perf_counter()
         with torch.inference_mode():
-            return Generation(self, prompts, sampling, step).run()
+            return Generation(self, prompts, sampling, step).run(), time.perf_counter() - begin
+
+
+@dataclass
+class Live:
+    """A sample being generated: prompt p's answer g. Row i of the batch is slot i of the cache."""
+
+    p: int
+    g: int
+    length: int  # tokens in the cache
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    routes: list[np.ndarray] = field(default_factory=list)  # [tokens, moe layers, top_k] each
 
 
 class Generation:
-    """One call of `sample`: the queue of prompts, the occupied slots, and what they have emitted so far."""
+    """One call of `sample`: the samples that wait, the live ones, and those that are done."""
 
     def __init__(self, engine: EmbeddedEngine, prompts: Sequence[Prompt], sampling: Sampling, step: int):
         self.engine, self.prompts, self.sampling, self.step = engine, prompts, sampling, step
         self.longest = engine.exp.task.max_response
-        self.done: dict[tuple[int, int], Sample] = {}
         self.waiting = [(p, g) for p in range(len(prompts)) for g in range(sampling.samples)][::-1]
-        self.free = list(range(engine.slots))[::-1]
-        self.prefilled: dict[int, tuple[Any, Any, Any]] = {}
+        self.prefilled: dict[int, Prefilled] = {}
+        self.live: list[Live] = []
+        self.done: dict[tuple[int, int], Sample] = {}
 
     def run(self) -> list[Group]:
+        import torch
+
+        engine = self.engine
+        logits = torch.empty(0, engine.model.vocab_size, device=engine.device)
+        while self.waiting or self.live:
+            if self.waiting and len(self.live) < engine.slots:
+                logits = torch.cat([logits, self._admit()])
+            drawn = self._draw(logits)
+            order = self._end_finished(drawn.tolist())
+            logits = self._decode(drawn[torch.tensor(order, dtype=torch.long, device=engine.device)])
+        return [
+            Group(prompt, tuple(self.done[p, g] for g in range(self.sampling.samples)))
+            for p, prompt in enumerate(self.prompts)
+        ]
+
+    def _draw(self, logits: Tensor) -> Tensor:
+        """The next token of every live sample, and its log-probability."""
         import torch
 
         from lpexp.model.decoder import token_logprobs
         from lpexp.rollout.sampling import draw, uniforms
 
-        engine, sampling, moe = self.engine, self.sampling, self.engine.model.moe is not None
-        device, seed = engine.device, engine.exp.seed
-        # One row an occupied slot; the arrays are rebuilt when a sample ends or starts.
-        slots, rows, length = np.zeros(0, np.int64), np.zeros((0, 2), np.int64), np.zeros(0, np.int64)
-        logits = torch.empty(0, engine.model.vocab_size, device=device)
-        tokens: list[list[int]] = []
-        logprobs: list[list[float]] = []
-        routes: list[list[np.ndarray]] = []
-        while self.waiting or len(slots):
-            if self.waiting and self.free:
-                start = self._admit()
-                slots = np.concatenate([slots, start["slots"]])
-                rows = np.concatenate([rows, start["rows"]])
-                length = np.concatenate([length, start["length"]])
-                logits = torch.cat([logits, start["logits"]])
-                routes += start["routes"]
-                tokens += [[] for _ in start["slots"]]
-                logprobs += [[] for _ in start["slots"]]
-            emitted = np.array([len(t) for t in tokens])
-            ids = np.array([self.prompts[p].id for p in rows[:, 0]])
-            u = torch.from_numpy(uniforms(seed, self.step, ids, rows[:, 1], emitted)).to(device)
-            drawn = draw(logits, u, sampling.temperature, sampling.top_p, sampling.top_k)
-            lp = token_logprobs(logits, drawn, sampling.temperature).cpu().numpy()
-            ids_drawn = drawn.cpu().numpy()
-            for i, (token, value) in enumerate(zip(ids_drawn.tolist(), lp.tolist(), strict=True)):
-                tokens[i].append(token)
-                logprobs[i].append(value)
-            ended = (ids_drawn == engine.stop_id) | (emitted + 1 >= self.longest)
-            for i in np.flatnonzero(ended):
-                self._finish(rows[i], tokens[i], logprobs[i], routes[i] if moe else None)
-                self.free.append(int(slots[i]))
-            stay = np.flatnonzero(~ended)
-            slots, rows, length = slots[stay], rows[stay], length[stay]
-            tokens, logprobs = [tokens[i] for i in stay], [logprobs[i] for i in stay]
-            routes = [routes[i] for i in stay] if moe else []
-            if not len(stay):
-                logits = logits[:0]
-                continue
-            keep: list[Any] | None = [] if moe else None
-            hidden = engine.decoder.decode(
-                engine.weights,
-                drawn[torch.from_numpy(stay).to(device)],
-                torch.from_numpy(length).to(device),
-                engine.cache,
-                torch.from_numpy(slots).to(device),
-                keep,
-            )
-            if keep is not None:
-                chosen = torch.stack(keep, 1).cpu().numpy().astype(np.int16)  # [R, layers, K]
-                for i, choice in enumerate(chosen):
-                    routes[i].append(choice[None])
-            logits = engine.decoder.head(engine.weights, hidden)
-            length = length + 1
-        return [
-            Group(prompt, tuple(self.done[p, g] for g in range(sampling.samples)))
-            for p, prompt in enumerate(self.prompts)
-        ]
+        how, live = self.sampling, self.live
+        ids = np.array([self.prompts[one.p].id for one in live])
+        places = np.array([len(one.tokens) for one in live])
+        u = uniforms(self.engine.exp.seed, self.step, ids, np.array([one.g for one in live]), places)
+        drawn = draw(logits, torch.from_numpy(u).to(logits.device), how.temperature, how.top_p, how.top_k)
+        logprobs = token_logprobs(logits, drawn, how.temperature)
+        for one, token, logprob in zip(live, drawn.tolist(), logprobs.tolist(), strict=True):
+            one.tokens.append(token)
+            one.logprobs.append(logprob)
+        return drawn
 
-    def _admit(self) -> dict[str, Any]:
-        """Give waiting samples to free slots; a prompt's keys and values are computed once for its group."""
+    def _end_finished(self, drawn: list[int]) -> list[int]:
+        """Take finished samples out; the last live ones move into their slots. Returns the rows that stay, in order."""
+        ended = [
+            token == self.engine.stop_id or len(one.tokens) >= self.longest
+            for one, token in zip(self.live, drawn, strict=True)
+        ]
+        for one, over in zip(self.live, ended, strict=True):
+            if over:
+                self.done[one.p, one.g] = self._sample(one)
+        count = ended.count(False)
+        holes = [i for i in range(count) if ended[i]]
+        movers = [i for i in range(count, len(ended)) if not ended[i]]
+        self.engine.cache.move(movers, holes)
+        order = list(range(count))
+        for hole, mover in zip(holes, movers, strict=True):
+            order[hole] = mover
+        self.live = [self.live[i] for i in order]
+        return order
+
+    def _decode(self, tokens_B: Tensor) -> Tensor:
+        """Logits [B, V] after these tokens."""
         import torch
 
-        engine = self.engine
-        taken = [self.waiting.pop() for _ in range(min(len(self.waiting), len(self.free)))]
-        slots = [self.free.pop() for _ in taken]
-        fresh = [p for p in dict.fromkeys(p for p, _ in taken) if p not in self.prefilled]
-        if fresh:
-            self._prefill(fresh)
-        logits, routes = [], []
-        at = torch.tensor(slots, device=engine.device)
-        for layer in range(engine.model.num_hidden_layers):
-            for cache, which in ((engine.cache.k, 0), (engine.cache.v, 1)):
-                rows = torch.stack([self.prefilled[p][0][layer][which] for p, _ in taken])  # [R, heads, Tp, D]
-                cache[layer][at, :, : rows.shape[2]] = rows.to(engine.cache.dtype)
-        for p, _ in taken:
-            logits.append(self.prefilled[p][1])
-            routes.append([self.prefilled[p][2]])
-        lengths = np.array([len(self.prompts[p].tokens) for p, _ in taken], np.int64)
-        done = {p for p in self.prefilled if p not in {w for w, _ in self.waiting[-1:]}}
-        for p in done:  # samples are admitted prompt by prompt: only the next one's prefill can still be needed
-            del self.prefilled[p]
-        return {
-            "slots": np.array(slots, np.int64),
-            "rows": np.array(taken, np.int64),
-            "length": lengths,
-            "logits": torch.stack(logits),
-            "routes": routes,
-        }
+        engine, live = self.engine, self.live
+        if not live:
+            return torch.empty(0, engine.model.vocab_size, device=engine.device)
+        routes: list[Tensor] | None = [] if engine.model.moe else None
+        positions_B = torch.tensor([one.length for one in live], device=engine.device)
+        hidden = engine.decoder.decode(engine.weights, tokens_B, positions_B, engine.cache, routes)
+        for one in live:
+            one.length += 1
+        if routes:
+            chosen = torch.stack(routes, 1).cpu().numpy().astype(np.int16)  # [B, layers, K]
+            for one, choice in zip(live, chosen, strict=True):
+                one.routes.append(choice[None])
+        return engine.decoder.head(engine.weights, hidden)
+
+    def _admit(self) -> Tensor:
+        """Give waiting samples the slots behind the live ones; the logits [B, V] that follow their prompts."""
+        import torch
+
+        cache, free = self.engine.cache, self.engine.slots - len(self.live)
+        taken = [self.waiting.pop() for _ in range(min(len(self.waiting), free))]
+        self._prefill([p for p in dict.fromkeys(p for p, _ in taken) if p not in self.prefilled])
+        begin, made = len(self.live), [self.prefilled[p] for p, _ in taken]
+        for layer in range(self.engine.model.num_hidden_layers):
+            for kept, which in ((cache.k, 0), (cache.v, 1)):
+                rows = torch.stack([one.layers[layer][which] for one in made])  # [B, heads, Tp, D]
+                kept[layer][begin : begin + len(taken), :, : rows.shape[2]] = rows
+        for (p, g), one in zip(taken, made, strict=True):
+            self.live.append(Live(p, g, len(self.prompts[p].tokens), routes=list(one.routes)))
+        needed = self.waiting[-1][0] if self.waiting else None  # samples are admitted prompt by prompt
+        self.prefilled = {p: one for p, one in self.prefilled.items() if p == needed}
+        return torch.stack([one.logits for one in made])
 
     def _prefill(self, fresh: list[int]) -> None:
+        """Keys, values, routes and last logits of prompts: once for a whole group."""
         import torch
 
+        if not fresh:
+            return
         engine = self.engine
-        width = engine.exp.task.max_prompt
-        tokens = np.zeros((len(fresh), width), np.int64)
-        for i, p in enumerate(fresh):
-            tokens[i, : len(self.prompts[p].tokens)] = self.prompts[p].tokens
-        keep: list[Any] = []
-        layers: list[Any] = []
-        routes: list[Any] | None = [] if engine.model.moe else None
+        lengths = [len(self.prompts[p].tokens) for p in fresh]
+        tokens = np.zeros((len(fresh), max(lengths)), np.int64)
+        for row, p in enumerate(fresh):
+            tokens[row, : lengths[row]] = self.prompts[p].tokens
+        keep: list[tuple[Tensor, Tensor]] = []
+        routes: list[Tensor] | None = [] if engine.model.moe else None
         tokens_PT = torch.from_numpy(tokens).to(engine.device)
         hidden = engine.decoder.hidden(engine.weights, tokens_PT, engine.span, keep, routes)
-        last = torch.tensor([len(self.prompts[p].tokens) - 1 for p in fresh], device=engine.device)
-        logits = engine.decoder.head(engine.weights, hidden[torch.arange(len(fresh), device=engine.device), last])
+        last = hidden[torch.arange(len(fresh)), torch.tensor(lengths) - 1]
+        logits = engine.decoder.head(engine.weights, last)
         chosen = torch.stack(routes, 2).cpu().numpy().astype(np.int16) if routes else None  # [P, T, layers, K]
-        for i, p in enumerate(fresh):
-            layers = [(k[i], v[i]) for k, v in keep]
-            seen = None if chosen is None else chosen[i, : len(self.prompts[p].tokens)]
-            self.prefilled[p] = (layers, logits[i], seen)
+        for row, p in enumerate(fresh):
+            seen = [] if chosen is None else [chosen[row, : lengths[row]]]
+            self.prefilled[p] = Prefilled([(k[row], v[row]) for k, v in keep], logits[row], seen)
 
-    def _finish(
-        self, row: np.ndarray, tokens: list[int], logprobs: list[float], routes: list[np.ndarray] | None
-    ) -> None:
-        p, g = int(row[0]), int(row[1])
-        self.done[p, g] = Sample(
-            prompt_id=self.prompts[p].id,
-            index=g,
-            tokens_T=np.array(tokens, np.int32),
-            logprobs_T=np.array(logprobs, np.float32),
+    def _sample(self, one: Live) -> Sample:
+        return Sample(
+            prompt_id=self.prompts[one.p].id,
+            index=one.g,
+            tokens_T=np.array(one.tokens, np.int32),
+            logprobs_T=np.array(one.logprobs, np.float32),
             version=self.engine.version,
-            finish="stop" if tokens[-1] == self.engine.stop_id else "length",
-            experts=None if routes is None else np.concatenate(routes),
+            finish="stop" if one.tokens[-1] == self.engine.stop_id else "length",
+            experts=np.concatenate(one.routes) if one.routes else None,
         )
+
+
+class Prefilled(NamedTuple):
+    """A prompt, computed."""
+
+    layers: list[tuple[Tensor, Tensor]]  # k, v [heads, T, D]
+    logits: Tensor  # [V], after its last token
+    routes: list[np.ndarray]
 
 
 class EmbeddedRollout:
@@ -307,7 +323,7 @@ class EmbeddedPending:
         self.rollout, self.count = rollout, len(prompts)
         n = len(rollout.engines)
         self.calls = [("sample", list(prompts[i::n]), sampling, step) for i in range(n)]
-        self.served = (rollout.shards, rollout.version)
+        self.served, self.seconds = (rollout.shards, rollout.version), 0.0
         self.engines = list(rollout.engines)
         self.futures = [engine.call(*call) for engine, call in zip(self.engines, self.calls, strict=True)]
 
@@ -315,7 +331,8 @@ class EmbeddedPending:
         groups: list[Any] = [None] * self.count
         n = len(self.futures)
         for index, (engine, future, call) in enumerate(zip(self.engines, self.futures, self.calls, strict=True)):
-            groups[index::n] = self.rollout.owed(index, engine, future, call, self.served)
+            groups[index::n], seconds = self.rollout.owed(index, engine, future, call, self.served)
+            self.seconds = max(self.seconds, seconds)
         return groups
 
 

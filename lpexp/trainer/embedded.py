@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from lpexp.cluster import Handle, Workers
     from lpexp.experiment import Experiment
     from lpexp.model.decoder import TrainWeights
-    from lpexp.precision import Precision
+    from lpexp.precision import Parts, Precision
     from lpexp.rollout import Rollout
 
 MOST_PARAMS_CPU, MOST_PARAMS_GPU = 1_000_000_000, 8_000_000_000  # 16 bytes each: what a laptop, and one large GPU, hold
@@ -120,6 +121,7 @@ class EmbeddedRank:
         self.previous: dict[str, Tensor] | None = None  # the 16-bit weights one version back, kept when lag > 0
         self.reference: TrainWeights | None = None
         self._frozen: tuple[int, Any] | None = None
+        self._sent: tuple[int, dict[str, Parts]] | None = None
         if meet is not None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
             backend = "nccl" if self.device.type == "cuda" and torch.cuda.device_count() >= ranks else "gloo"
@@ -217,6 +219,7 @@ class EmbeddedRank:
     def _renew(self) -> None:
         from lpexp.model.decoder import TrainWeights
 
+        self._sent = None
         self.weights = TrainWeights(self.model, self.exp.precision, self.model_weights(), grad=True)
         for name in self.fixed:
             self.weights.leaves[name].requires_grad_(False)
@@ -226,28 +229,54 @@ class EmbeddedRank:
         """What this rank would publish, from its own copy of the config."""
         return self.exp.wire.contract(self.params, self.model.moe is not None)
 
+    def _shipped(self, version: int) -> dict[str, Parts]:
+        """The weights of a version (the newest, or the one before) in the wire's precision, made once.
+
+        Where the trainer computes in that precision, its products read these very parts.
+        """
+        from lpexp.precision.wire import ship
+
+        if self._sent is None or self._sent[0] != version:
+            parts = ship(self._weights_of(version), self.params, self.exp.wire, self.model.moe is not None)
+            self._sent = (version, {param.name: made for param, made in parts})
+            if version == self.version and self.exp.wire == self.exp.precision:
+                self.weights.adopt(self._sent[1])
+        return self._sent[1]
+
+    def _weights_of(self, version: int) -> dict[str, Tensor]:
+        if version == self.version:
+            return {name: leaf.detach() for name, leaf in self.weights.leaves.items()}
+        if version == self.version - 1 and self.previous is not None:
+            return self.previous
+        raise RunError(f"version {version} is not at hand: the trainer is at {self.version}")
+
     def served(self, version: int) -> tuple[dict[str, Any], SyncReport]:
-        """The weights of a version (the newest, or the one before) in the wire's precision, and what that cost."""
-        from lpexp.precision.wire import checksum, freeze, ship
+        """The weights of a version as they travel, and what that cost."""
+        from lpexp.precision.wire import checksum, freeze
 
         begin = time.perf_counter()
-        if version == self.version:
-            weights = {name: leaf.detach() for name, leaf in self.weights.leaves.items()}
-        elif version == self.version - 1 and self.previous is not None:
-            weights = self.previous
-        else:
-            raise RunError(f"version {version} is not at hand: the trainer is at {self.version}")
-        wire, moe = self.exp.wire, self.model.moe is not None
-        held, stats = {}, QuantStats(wire, moe)
-        for param, parts in ship(weights, self.params, wire, moe):
-            stats.add(param, weights[param.name], parts)
-            held[param.name] = parts
+        held = self._shipped(version)
         sent = checksum(held)
         frozen = {name: freeze(parts) for name, parts in held.items()}
         size = sum(raw.nbytes for parts in frozen.values() for _, _, raw in parts.values())
-        return frozen, SyncReport(
-            version, size, {"quantize": time.perf_counter() - begin}, sent, (), stats.share(), stats.result()
-        )
+        seconds = {"quantize": time.perf_counter() - begin}
+        return frozen, SyncReport(version, size, seconds, sent, (), self._quantized_share(), {})
+
+    def _quantized_share(self) -> float:
+        moe = self.model.moe is not None
+        sizes = [(math.prod(p.shape), self.exp.wire.covers(p, moe)) for p in self.params]
+        return sum(size for size, covered in sizes if covered) / sum(size for size, _ in sizes)
+
+    def prepare(self, version: int, measure: bool) -> dict[str, dict[str, float]]:
+        """Quantise ahead of the next step; with `measure`, also how far the served weights are from these."""
+        held = self._shipped(version)
+        if not measure:
+            return {}
+        moe, weights, stats = self.model.moe is not None, self._weights_of(version), QuantStats(self.exp.wire)
+        for param in self.params:
+            if self.exp.wire.covers(param, moe):
+                stats.add(param, weights[param.name], held[param.name])
+        return stats.result()
 
     # -- learning ----------------------------------------------------------------------------------
     def step(self, batch: Batch) -> dict[str, Any]:
@@ -417,7 +446,7 @@ class EmbeddedRank:
         steps = torch.tensor(float(self.updates - 1))  # the rule counts it up by one
         adamw(
             [self.flat], [gradient], [self.exp_avg], [self.exp_avg_sq], [], [steps],
-            foreach=False, amsgrad=False, beta1=spec.betas[0], beta2=spec.betas[1], lr=lr,
+            fused=True, foreach=False, amsgrad=False, beta1=spec.betas[0], beta2=spec.betas[1], lr=lr,
             weight_decay=spec.weight_decay, eps=spec.eps, maximize=False,
         )  # fmt: skip
         return lr
@@ -476,20 +505,13 @@ class Found:
 class QuantStats:
     """quant/<class>/*: how far the served weights are from the trainer's, over all tensors of a module class."""
 
-    def __init__(self, wire: Precision, moe: bool):
-        self.wire, self.moe = wire, moe
+    def __init__(self, wire: Precision):
+        self.wire = wire
         self.classes: dict[str, list[tuple[int, float, dict[str, float]]]] = {}
-        self.quantised = self.total = 0
 
-    def add(self, param: Param, weight: Tensor, parts: Any) -> None:
-        self.total += weight.numel()
-        if self.wire.covers(param, self.moe):
-            self.quantised += weight.numel()
-            found = (weight.numel(), float(weight.double().square().sum()), self.wire.stats(weight, parts))
-            self.classes.setdefault(param.kind, []).append(found)
-
-    def share(self) -> float:
-        return self.quantised / self.total
+    def add(self, param: Param, weight: Tensor, parts: Parts) -> None:
+        found = (weight.numel(), float(weight.double().square().sum()), self.wire.stats(weight, parts))
+        self.classes.setdefault(param.kind, []).append(found)
 
     def result(self) -> dict[str, dict[str, float]]:
         """Per class; what the precision does not tell of its codes or scales is absent."""
@@ -588,8 +610,11 @@ class EmbeddedTrainer:
 
     def publish(self, rollout: Rollout, version: int) -> SyncReport:
         begin = time.perf_counter()
-        shards, report = self.workers.share(self.ranks[0], "served", version)
+        shards, sent = self.workers.share(self.ranks[0], "served", version)
+        last = len(self.ranks) - 1  # it measures, while the first one ships
+        others = [r.call("prepare", version, i == last) for i, r in enumerate(self.ranks) if i or not last]
         held, seconds = rollout.load(shards, version)
+        report, quant = sent.result(), [other.result() for other in others][-1]
         whole = time.perf_counter() - begin
         spent = report.seconds | seconds
         wrong = [index for index, checksum in enumerate(held) if checksum != report.checksum_sent]
@@ -598,7 +623,7 @@ class EmbeddedTrainer:
                 f"weights of version {version}: engine {wrong[0]} holds {held[wrong[0]]}, not {report.checksum_sent}"
             )
         spent["transfer"] = max(whole - sum(spent.values()), 0.0)
-        return dataclasses.replace(report, seconds=spent | {"sync": whole}, checksums_held=tuple(held))
+        return dataclasses.replace(report, seconds=spent | {"sync": whole}, checksums_held=tuple(held), quant=quant)
 
     def save(self, directory: Path) -> None:
         self.ranks[0].call("save", str(directory)).result()

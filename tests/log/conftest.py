@@ -103,7 +103,7 @@ def feed(log: Log, steps: range, gap: float = 0.01) -> None:
                 note.eval("held_out", groups(step, step, 1), groups(50 + step, step))
             with note.time("rollout"):
                 answered = groups(100 + step, step)
-            note.rollout(answered)
+            note.rollout(answered, 0.5)
             with note.time("learn"):
                 report = learned(step, gap)
             note.learn(report)

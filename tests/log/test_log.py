@@ -57,7 +57,7 @@ def test_a_run_directory_says_what_ran(ran, experiment) -> None:
 def test_a_step_that_raises_leaves_no_line(log: Log, made_up) -> None:
     made_up.feed(log, range(1))
     with pytest.raises(ZeroDivisionError), log.step(1) as note:
-        note.rollout(made_up.groups(1))
+        note.rollout(made_up.groups(1), 0.5)
         raise ZeroDivisionError
     assert [line["step"] for line in lines(log)] == [0]
 
@@ -76,8 +76,8 @@ def test_a_key_that_the_dictionary_lacks_or_that_is_noted_twice_is_refused(log: 
     with pytest.raises(AssertionError, match="train/speed_of_light"), log.step(0) as note:
         note.learn(report)
     with pytest.raises(AssertionError, match="twice"), log.step(0) as note:
-        note.rollout(made_up.groups(0))
-        note.rollout(made_up.groups(0))
+        note.rollout(made_up.groups(0), 0.5)
+        note.rollout(made_up.groups(0), 0.5)
     with pytest.raises(AssertionError, match="time/lunch"), log.step(0) as note, note.time("lunch"):
         pass
 
