@@ -31,7 +31,7 @@ NO_SOURCE = {
     ".ruff_cache",
     ".hypothesis",
 }
-REGISTRY = re.compile(r"pypi\.org|pythonhosted|download\.pytorch|anaconda\.org|crates\.io|npmjs\.(com|org)")
+REGISTRY = re.compile(r"pypi\.org|python[h]osted|download\.pytorch|anaconda\.org|crates\.io|npmjs\.(com|org)")
 MACHINE = re.compile(r"(?<![\w.*])/(work|home|root|tmp|Users)/\w")
 LINK = re.compile(r"(?<!`)\]\(([^)\s]+)\)|<img[^>]* src=\"([^\"]+)\"")
 WRITTEN = re.compile(r"`(python launch\.py[^`]*)`")
