@@ -137,7 +137,8 @@ class _RayFuture:
     """A call to an actor; the answer is fetched once."""
 
     def __init__(self, name: str, ref: Any):
-        self.name, self._ref = name, ref
+        self.name = name
+        self._ref: Any = ref
         self._settled: _Done | None = None
 
     def _wait(self) -> _Done:
@@ -165,7 +166,7 @@ class _RayFuture:
         from ray.exceptions import RayTaskError
 
         error = self.error()
-        if self.died():
+        if error is not None and self.died():
             raise RunError(f"worker {self.name} died: {_first_line(error)}") from error
         if isinstance(error, RayTaskError) and isinstance(error.cause, RunError | ConfigError):
             raise error.cause from None

@@ -29,10 +29,14 @@ class Stop:
     def __enter__(self) -> Stop:
         for number in (*ASKING, signal.SIGALRM):
             self._before[number] = signal.getsignal(number)
+        self.install()
+        return self
+
+    def install(self) -> None:
+        """Take the signals; again after Ray has started, which takes SIGTERM for itself."""
         for number in ASKING:
             signal.signal(number, self._ask)
         signal.signal(signal.SIGALRM, self._drop)
-        return self
 
     def __exit__(self, *_: object) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -320,18 +320,20 @@ class Decoder:
 
     def _grouped(self, weights: Weights, x: Tensor, at: str, rope: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """Grouped-query attention: q [R, Hq, D], k and v [R, Hkv, D]."""
-        heads = []
-        together = weights.linears(x, [f"{at}.{name}_proj.weight" for name in "qkv"])
-        for name, y in zip("qkv", together, strict=True):
-            if f"{at}.{name}_proj.bias" in weights.kinds:
-                y = weights.round(y + weights.tensor(f"{at}.{name}_proj.bias"))
-            y = y.unflatten(-1, (-1, self.model.head_dim))  # [R, heads, D]
-            if name in "qk":
-                if f"{at}.{name}_norm.weight" in weights.kinds:
-                    y = self._norm(weights, y, f"{at}.{name}_norm.weight")
-                y = weights.round(rotate(y, rope))
-            heads.append(y)
-        return heads[0], heads[1], heads[2]
+        names = [f"{at}.{name}_proj" for name in "qkv"]
+        made = list(weights.linears(x, [f"{name}.weight" for name in names]))
+        if f"{names[0]}.bias" in weights.kinds:
+            made = [weights.round(y + weights.tensor(f"{n}.bias")) for n, y in zip(names, made, strict=True)]
+        q, k, v = (y.unflatten(-1, (-1, self.model.head_dim)) for y in made)  # [R, heads, D]
+        sizes = (q.shape[1], k.shape[1])
+        both = torch.cat((q, k), 1)  # norm and rotation treat each head alike
+        if f"{at}.q_norm.weight" in weights.kinds:
+            scales = [
+                weights.tensor(f"{at}.{n}_norm.weight").expand(heads, -1) for n, heads in zip("qk", sizes, strict=True)
+            ]
+            both = weights.round(_RmsNorm.apply(both, torch.cat(scales), self.model.rms_norm_eps))  # type: ignore[arg-type]
+        q, k = weights.round(rotate(both, rope)).split(sizes, 1)
+        return q, k, v
 
     def _latent(self, weights: Weights, x: Tensor, at: str, rope: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """Multi-head latent attention; keys and values are cached decompressed, which changes no value."""
@@ -429,7 +431,8 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         normed, factor, weight = ctx.saved_tensors
-        dw = (grad * normed).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        leading = grad.dim() - weight.dim()
+        dw = (grad * normed).flatten(0, leading - 1).sum(0) if ctx.needs_input_grad[1] else None
         dy = grad * weight
         dx = (dy - normed * (dy * normed).mean(-1, keepdim=True)).mul_(factor)
         return dx, dw, None

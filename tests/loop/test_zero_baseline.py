@@ -78,7 +78,7 @@ def test_attention_in_float32_shows(inline, monkeypatch):
     def plain(q, k, v, allowed, scale):
         repeat = q.shape[1] // k.shape[1]
         mask = allowed[None, None] if allowed.dim() == 2 else allowed[:, None]
-        k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+        k, v = k.float().repeat_interleave(repeat, 1), v.float().repeat_interleave(repeat, 1)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
     monkeypatch.setattr(decoder, "attention", plain)
