@@ -32,7 +32,8 @@ def test_the_toy_trains_without_mismatch_and_everybody_names_it(card, inline, ca
     assert run.code == 0
     assert run.steps(MAX) == [0.0] * 3
     assert min(run.steps("train/grad_norm")) > 0
-    assert 0.001 < min(run.steps("quant/mlp_up/rel_error")) and max(run.steps("quant/mlp_up/rel_error")) < 0.02
+    lost = run.steps("quant/mlp_up/rel_error")
+    assert min(lost) > 0.001 and max(lost) < 0.02  # 8 bits were kept
     said = json.loads((run.directory / "summary.json").read_text())
     for side in ("trainer", "rollout"):
         assert said[side].startswith(f"{toy.NAME}, quantises 14 of 25 tensors")
