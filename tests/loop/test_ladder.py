@@ -73,3 +73,10 @@ def test_the_default_models_first_batch_is_in_band_and_both_sides_are_named(
             assert said.startswith(side)
     summary = json.loads((run.directory / "summary.json").read_text())
     assert summary["trainer"].startswith(trainer) and summary["rollout"].startswith(rollout)
+
+
+def test_a_quantiser_that_never_ran_is_outside_every_band(inline):
+    found = gaps(inline("precision=bf16", "steps=1"), 1)
+    assert found == [0.0, 0.0, 1.0]
+    assert not inside(found, FP8_LADDER) and not inside(found, INT4_LADDER)
+    assert not inside(found[:2], FP8_FIRST) and not inside(found[:2], INT4_FIRST)
