@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -80,6 +81,9 @@ def told() -> Iterator[None]:
         print(error, file=sys.stderr)
         code = 2 if isinstance(error, ConfigError) else 1 if isinstance(error, RunError) else 128 + error.signal
         raise SystemExit(code) from None
+    except BrokenPipeError:  # whoever read our output has left (| head): so do we, without a word
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
 
 
 def run_begins() -> None:
