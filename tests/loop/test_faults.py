@@ -41,7 +41,7 @@ class Live:
         self.directory = directory
         self.words = [*SMALL, f"output_dir={directory}", *overrides]
         start = [sys.executable, "-c", code] if code else [sys.executable, str(ROOT / "launch.py")]
-        self.log = directory.with_suffix(".log").open("ab")  # noqa: SIM115
+        self.log = directory.with_suffix(".log").open("ab")
         self.process = subprocess.Popen([*start, *self.words], cwd=ROOT, stdout=self.log, stderr=self.log)
         self.family: list[psutil.Process] = []
 

@@ -110,9 +110,7 @@ def test_a_group_that_divides_but_that_no_engine_serves_is_refused():
 def test_a_scope_that_covers_nothing_is_refused(kind: type[Precision]):
     params = contract.params("qwen3_tiny")
     experts = kind.model_validate({"name": "x", "scope": "experts"})
-    assert mistakes(experts, params) == [
-        "scope: experts covers nothing: the model has no routed experts; use linears"
-    ]
+    assert mistakes(experts, params) == ["scope: experts covers nothing: the model has no routed experts; use linears"]
     named = kind.model_validate({"name": "x", "scope": ("attn_out", "lm_head.weight")})
     assert mistakes(named, params) == [
         "scope: 'lm_head.weight' is nothing that can be quantised here; "

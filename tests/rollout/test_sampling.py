@@ -45,6 +45,7 @@ def test_top_k_and_top_p_keep_exactly_the_nucleus():
     probs = torch.tensor([0.1, 0.5, 0.15, 0.25])
     u = torch.linspace(0.001, 0.999, 999, dtype=torch.float64)
     logits = probs.log().expand(999, 4)
+
     def kept(**cut):
         return sorted(set(draw(logits, u, 1.0, **cut).tolist()))
 
