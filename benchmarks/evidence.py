@@ -20,6 +20,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tarfile
@@ -138,6 +139,7 @@ class Bench:
         self.commit = subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
         self.home = ROOT / "outputs" / "evidence" / self.commit[:12]
         self.source = self.home / "source"
+        self.processes: set[subprocess.Popen[Any]] = set()  # that run now
         if not self.source.exists():
             words = ["git", "-C", str(ROOT), "archive", "--format=tar", self.commit]
             packed = subprocess.run(words, capture_output=True, check=True).stdout
@@ -188,7 +190,9 @@ class Bench:
             words = [sys.executable, *self.words(job)]
             both = {"stdout": output, "stderr": subprocess.STDOUT}
             process = subprocess.Popen(words, cwd=self.source, env=os.environ | environment, **both)
+            self.processes.add(process)
             _, status, used = os.wait4(process.pid, 0)
+            self.processes.remove(process)
         code = process.returncode = os.waitstatus_to_exitcode(status)
         facts = {
             "command": shlex.join(["python", *self.words(job)]),
@@ -203,9 +207,10 @@ class Bench:
         made.rename(at / "evidence.json")
         return code
 
-    def run_all(self, wanted: Sequence[Job], at_once: int) -> list[Job]:
-        """Run what is not finished, commands alone and last; the jobs that failed."""
+    def run_all(self, wanted: Sequence[Job], later: Sequence[Job], at_once: int) -> list[Job]:
+        """Run what is not finished, commands alone and last; the jobs that failed. `later` counts as time left."""
         left = [job for job in wanted if not self.done(job)]
+        beyond = sum(job.steps for job in {*later} - {*wanted} if not self.done(job))
         total, begin, failed = sum(job.steps for job in left), time.monotonic(), []
         say(
             f"{len(wanted) - len(left)} of {len(wanted)} pieces are finished; {len(left)} are left, {at_once} at a time"
@@ -216,15 +221,21 @@ class Bench:
             if code:
                 failed.append(job)
             rest, spent = sum(job.steps for job in left), time.monotonic() - begin
-            minutes = f"{spent / (total - rest) * rest / 60:.0f}"
+            minutes = f"{spent / (total - rest) * (rest + beyond) / 60:.0f}"
             how = "done" if code == 0 else f"FAILED with {code}, see {self.at(job) / 'output.txt'}"
-            say(f"{job.name}: {how}; {len(left)} pieces left, about {minutes} minutes")
+            say(f"{job.name}: {how}; {len(left)} pieces of this section left, about {minutes} minutes for all runs")
 
         with ThreadPoolExecutor(at_once) as pool:
-            running: dict[Future[int], Job] = {pool.submit(self.run, job): job for job in left if not job.command}
-            while running:
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    ended(running.pop(future), future.result())
+            try:
+                running: dict[Future[int], Job] = {pool.submit(self.run, job): job for job in left if not job.command}
+                while running:
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        ended(running.pop(future), future.result())
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in self.processes:
+                    process.terminate()  # a run stops after the step in hand and can be gone on with
+                raise
         for job in [job for job in left if job.command]:
             ended(job, self.run(job))
         return failed
@@ -482,13 +493,15 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results", help="where the pages go")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     bench = Bench(args.commit)
     say(f"measuring {bench.commit[:12]} in {bench.home}")
-    wanted = list({job.name: job for section in args.only for job in jobs(section)}.values())
-    failed = bench.run_all(wanted, args.jobs)
     kept = []
-    for section in args.only:
-        broken = [job.name for job in jobs(section) if job in failed and not job.command]
+    for at, section in enumerate(args.only):
+        say(section)
+        later = [job for other in args.only[at + 1 :] for job in jobs(other)]
+        failed = bench.run_all(jobs(section), later, args.jobs)
+        broken = [job.name for job in failed if not job.command]
         if broken:
             say(f"{section}: no page, {', '.join(broken)} failed")
         kept.append(not broken and write(bench, section, args.out, args.jobs))
