@@ -573,11 +573,11 @@ def initial_tensors(model: Model, seed: int) -> dict[str, Tensor]:
     return tensors
 
 
-def pick_device(wish: str) -> torch.device:
-    """auto: the first GPU if there is one."""
+def pick_device(wish: str, index: int = 0) -> torch.device:
+    """auto: a GPU if there is one. Worker `index` takes the GPU of that number, counted round (-1: the last)."""
     if wish == "auto":
         wish = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(wish)
+    return torch.device("cuda", index % torch.cuda.device_count()) if wish == "cuda" else torch.device(wish)
 
 
 def settle(threads: int) -> None:

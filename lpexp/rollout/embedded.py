@@ -56,13 +56,12 @@ class EmbeddedRolloutSpec(RolloutSpec):
 class EmbeddedEngine:
     """One engine: weights in served form, a slot cache, and a sampler. Runs in an actor or in this process."""
 
-    def __init__(self, exp: Experiment, slots: int, threads: int, device: str):
-
+    def __init__(self, exp: Experiment, slots: int, threads: int, device: str, index: int = 0):
         from lpexp.model.decoder import Cache, Decoder, pick_device, settle, span_of
         from lpexp.model.tokenizer import load_tokenizer
 
         settle(threads)
-        self.exp, self.slots, self.device = exp, slots, pick_device(device)
+        self.exp, self.slots, self.device = exp, slots, pick_device(device, -1 - index)
         self.model = exp.model.sized()
         self.stop_id = load_tokenizer(self.model).stop_id
         self.decoder = Decoder(self.model, self.device)
@@ -268,6 +267,7 @@ class EmbeddedRollout:
             spec.slots,
             cluster.threads,
             spec.device,
+            index,
             env=spec.environment(self.exp),
         )
 

@@ -111,7 +111,7 @@ class EmbeddedRank:
 
         settle(exp.cluster.threads)
         self.exp, self.spec, self.rank, self.ranks = exp, spec, rank, ranks
-        self.device = pick_device(spec.device)
+        self.device = pick_device(spec.device, rank)
         self.model = exp.model.sized()
         self.params = list(self.model.params())
         self.trained = [p for p in self.params if p.kind != "router_bias"]
