@@ -20,6 +20,15 @@ def test_trainer_and_rollout_agree_bitwise_when_precisions_match(inline, precisi
         assert run.steps("correction/weight_min") == [1.0] * 20
 
 
+@pytest.mark.evidence
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("precision", MATCHED)
+def test_fifty_steps_keep_the_zero(inline, precision, model, lag):
+    run = inline(f"precision={precision}", f"model={model}", f"lag={lag}", "steps=50", *fast(model))
+    assert run.steps(MAX) == [0.0] * 50
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_power_of_two_scales_several_updates_and_truncated_answers_keep_the_zero(inline, precision):
     more = ["algorithm.updates_per_batch=2", "rollout.temperature=0.8", "task.max_response=7"]
