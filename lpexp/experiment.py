@@ -179,6 +179,13 @@ class Experiment(Spec):
             yield Mistake("model.path", f"{path} has no readable {', '.join(lacking)}; {way}")
 
     @rule
+    def _names_are_names(self) -> Iterator[Mistake]:
+        if not self.name or "/" in self.name or self.name.startswith("."):
+            yield Mistake("name", f"{self.name!r} names a folder of outputs/; use letters, digits, - and _")
+        if not self.output_dir.strip():
+            yield Mistake("output_dir", f"{self.output_dir!r} is no directory; leave it out, or name one")
+
+    @rule
     def _checkpoint_agrees(self) -> Iterator[Mistake]:
         """A served checkpoint fixes the rollout's precision; serving it as another one would re-quantise in silence."""
         if self.rollout.checkpoint is None:
@@ -186,7 +193,10 @@ class Experiment(Spec):
         at, moe = Path(self.rollout.checkpoint) / "config.json", self.model.moe is not None
         params = list(self.model.params()) if self.model.scale == "full" else []
         try:
-            quantised = json.loads(at.read_text()).get("quantization_config")
+            config = json.loads(at.read_text())
+            if not isinstance(config, dict) or not isinstance(config.get("quantization_config") or {}, dict):
+                raise ValueError("it is no model's config")
+            quantised = config.get("quantization_config")
             found = from_hf(quantised, params, moe) if quantised else self.wire.plain
         except (OSError, ValueError, ConfigError) as error:
             why = error.strerror if isinstance(error, OSError) else f"{error}"

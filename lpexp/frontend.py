@@ -114,6 +114,7 @@ def judge(cfg: DictConfig | Mapping[str, Any]) -> Experiment:
         mistakes += contradictions(Precision.model_validate(data.get("precision")), os.environ)
     if exp is not None:
         mistakes += _no_layout(exp)
+        mistakes += _misnamed(exp)
     if mistakes:
         raise ConfigError(mistakes)
     assert exp is not None
@@ -208,6 +209,19 @@ def _name_precisions(data: dict[str, Any]) -> Iterator[Mistake]:
             names = choices("precision")
             yield Mistake(mount, f"there is no {given!r}{meant(given, names)} there are {', '.join(names)}, same")
             holder[key] = data.get("precision")
+
+
+def _misnamed(exp: Experiment) -> Iterator[Mistake]:
+    """A card's name on another card's arithmetic would print numbers under the wrong word."""
+    held = {"precision": exp.precision, "rollout.precision": exp.rollout.precision}
+    for key, precision in (held | {"reference.precision": exp.reference.precision}).items():
+        if precision is None or precision.name not in choices("precision"):
+            continue
+        target = read_choice("precision", precision.name)["_target_"]
+        if precision.dump()["_target_"] != target:
+            kind = type(precision).__name__
+            message = f"{precision.name!r} is the name of another precision than {kind}, which would compute"
+            yield Mistake(f"{key}.name", f"{message}; choose the card: {key}={precision.name}")
 
 
 def _no_layout(exp: Experiment) -> Iterator[Mistake]:

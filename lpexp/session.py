@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from lpexp import checkpoint
+from lpexp import checkpoint, warmup
 from lpexp.cluster import Workers
 from lpexp.data import Group
 from lpexp.errors import RunError
@@ -50,6 +50,11 @@ class Session:
             stack.callback(self.trainer.close)
             self.rollout = exp.rollout.build(exp, workers)
             stack.callback(self.rollout.close)
+            if resume.checkpoint is None and exp.task.warmup and not model.path and not warmup.cached(exp).exists():
+                goal = f"sampled accuracy {exp.task.warmup.target:g}"
+                self.log.console.say(
+                    f"warming up from scratch to {goal}, kept in {warmup.cache_dir()} for the next run"
+                )
             self.trainer.restore(resume.checkpoint)
             agree(planned, self.trainer.contract(), "trainer")
             agree(planned, self.rollout.contract(), "rollout")

@@ -38,14 +38,20 @@ def content_hash(exp: Experiment) -> str:
 
     facts: dict[str, Any] = {"format": FORMAT, "seed": exp.seed, "torch": torch.__version__}
     facts["model"], facts["task"] = exp.model.sized().dump(), exp.task.dump()
+    del facts["task"]["prompts_per_step"]  # of the training that follows
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def cached(exp: Experiment) -> Path:
+    """Where the start weights are kept."""
+    return cache_dir() / f"{exp.task.name}-{content_hash(exp)}.safetensors"
 
 
 def warmed_up(exp: Experiment) -> Path:
     """The start weights as a safetensors file, made once."""
     from lpexp.checkpoint import save_tensors
 
-    path = cache_dir() / f"{exp.task.name}-{content_hash(exp)}.safetensors"
+    path = cached(exp)
     if path.exists():
         return path
     tensors, facts = train(exp)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lpexp.data import Param
+from lpexp.errors import RunError
 from lpexp.model import Model
 from lpexp.precision import Parts, Precision, numeric
 
@@ -577,6 +578,8 @@ def pick_device(wish: str, index: int = 0) -> torch.device:
     """auto: a GPU if there is one. Worker `index` takes the GPU of that number, counted round (-1: the last)."""
     if wish == "auto":
         wish = "cuda" if torch.cuda.is_available() else "cpu"
+    if wish == "cuda" and not torch.cuda.is_available():
+        raise RunError("trainer.device or rollout.device is cuda, but torch sees no GPU here; use auto or cpu")
     return torch.device("cuda", index % torch.cuda.device_count()) if wish == "cuda" else torch.device(wish)
 
 

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from lpexp.config import Spec
 from lpexp.data import Group, Prompt
-from lpexp.errors import Mistake
+from lpexp.errors import Mistake, RunError
 
 if TYPE_CHECKING:
     from lpexp.experiment import Experiment
@@ -73,7 +73,14 @@ class Task(Spec):
 
     def score(self, groups: Sequence[Group], tokenizer: Tokenizer) -> list[Group]:
         """The groups with rewards, parts and texts filled in."""
-        return [self._score(group, tokenizer) for group in groups]
+        scored = [self._score(group, tokenizer) for group in groups]
+        answers = sum(len(group.samples) for group in scored)
+        if answers and sum(group.errors for group in scored) == answers:
+            raise RunError(
+                f"task.reward: the reward of task {self.name} failed on all {answers} answers, so there is nothing to "
+                "learn from; the warnings above say why"
+            )
+        return scored
 
     def _score(self, group: Group, tokenizer: Tokenizer) -> Group:
         texts = tuple(tokenizer.decode(sample.tokens_T) for sample in group.samples)
@@ -81,7 +88,7 @@ class Task(Spec):
         for text, sample in zip(texts, group.samples, strict=True):
             try:
                 scores.append(self.reward(group.prompt, text, sample.finish))
-            except Exception as error:  # a reward function is the user's code: count it, keep its message, go on
+            except (Exception, SystemExit) as error:  # the user's code: count it, keep its message, go on
                 errors += 1
                 scores.append(Score(0.0, False, {}))
                 self._report(error)
@@ -92,7 +99,7 @@ class Task(Spec):
             group, rewards_G=np.array([score.reward for score in scores]), parts=parts, errors=errors, texts=texts
         )
 
-    def _report(self, error: Exception) -> None:
+    def _report(self, error: BaseException) -> None:
         import logging
 
         logging.getLogger("lpexp").warning("reward of task %s raised %s: %s", self.name, type(error).__name__, error)

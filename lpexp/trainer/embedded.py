@@ -54,6 +54,13 @@ class EmbeddedTrainerSpec(TrainerSpec):
     lr_warmup_steps: int = Field(ge=0)
 
     @rule
+    def _betas(self) -> Iterator[Mistake]:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            yield Mistake(
+                "betas", f"{list(self.betas)} are not both in [0, 1), where AdamW needs them; use [0.9, 0.95]"
+            )
+
+    @rule
     def _tree(self) -> Iterator[Mistake]:
         for key, value in (("micro_batches", self.micro_batches), ("ranks", self.ranks)):
             if value & (value - 1):
