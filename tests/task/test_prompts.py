@@ -14,7 +14,7 @@ import pytest
 
 from lpexp.config import load
 from lpexp.data import Group, Prompt, Sample
-from lpexp.errors import ConfigError
+from lpexp.errors import ConfigError, RunError
 from lpexp.frontend import experiment
 from lpexp.model.tokenizer import STOP, CharTokenizer
 from lpexp.task import HELD_OUT, is_held_out
@@ -259,12 +259,21 @@ def test_a_reward_that_raises_or_returns_no_number_is_counted_and_said(
     path: str, function: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     sample = Sample(0, 0, np.array([2, STOP], np.int32), np.zeros(2, np.float32), 0, "stop")
-    group = Group(Prompt(0, (), "1+1=", "2"), (sample, sample))
+    empty = Sample(0, 1, np.array([STOP], np.int32), np.zeros(1, np.float32), 0, "stop")
+    group = Group(Prompt(0, (), "1+1=", "2"), (sample, empty))
     [scored] = make(path, reward=f"{HERE}:{function}").score([group], CHAR)
-    assert scored.errors == 2
+    assert scored.errors == 1
     assert scored.rewards_G is not None
-    assert scored.rewards_G.tolist() == [0.0, 0.0]
+    assert scored.rewards_G.tolist() == [0.0, 1.0]
     assert "reward of task prompts raised" in caplog.text
+
+
+@pytest.mark.parametrize("function", ["broken", "nothing", "leaves"])
+def test_a_reward_that_fails_on_every_answer_stops_the_run(path: str, function: str) -> None:
+    sample = Sample(0, 0, np.array([2, STOP], np.int32), np.zeros(2, np.float32), 0, "stop")
+    group = Group(Prompt(0, (), "1+1=", "2"), (sample, sample))
+    with pytest.raises(RunError, match=r"task\.reward: .* failed on all 2 answers"):
+        make(path, reward=f"{HERE}:{function}").score([group], CHAR)
 
 
 # -- mistakes --
