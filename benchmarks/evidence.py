@@ -298,7 +298,8 @@ def ladder(bench: Bench, stem: Path) -> Page:
         f"d = lp_T - lp_R, nat. Means over the first and the last {LAST} of {STEPS} steps, 16 prompts x 16 samples a "
         f"step: mean over {len(SEEDS)} seeds (lowest to highest). The bands are those of the end of one prototype run "
         f"with INT4 groups of 32, so the last {LAST} steps are held against them. The first steps read higher: this "
-        "model starts from weights of standard deviation 0.05, the prototype, as far as we can tell, from 0.02 (docs/decisions.md). Groups of "
+        "model starts from weights of standard deviation 0.05, the prototype, as far as we "
+        "can tell, from 0.02 (docs/decisions.md). Groups of "
         "128, the default of int4_qat, quantise 1.7 dB more coarsely and are promised nothing."
     )
     for precision in TRAINED:
