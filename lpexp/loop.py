@@ -19,7 +19,6 @@ def run(exp: Experiment, overrides: Sequence[str] = ()) -> int:
                 run.stop.at_safe_point(lambda version=step + 1: run.save(version))
             run.save(exp.steps)
         except Stopped as stopped:
-            run.log.event("stopped", signal=stopped.signal, message=str(stopped))
             run.log.warn("stopped", f"{stopped}; go on with: {run.resume_command()}")
             return 128 + stopped.signal
         checkpoint.finish(run.run_dir, run.log.summary())

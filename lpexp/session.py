@@ -60,8 +60,8 @@ class Session:
             agree(planned, self.rollout.contract(), "rollout")
             self.log.agreed = True
             self.log.event("workers", pids=workers.pids())
+            self.pipeline = Pipeline(self)
             self._stack = stack.pop_all()
-        self.pipeline = Pipeline(self)
         return self
 
     def __exit__(self, *_: object) -> None:
