@@ -29,7 +29,7 @@ class Session:
     def __enter__(self) -> Session:
         exp = self.exp
         resume = checkpoint.resolve(exp)
-        self.finished, self.start, self.run_dir = resume.finished, resume.step, resume.run_dir
+        self.start, self.run_dir = resume.step, resume.run_dir
         for note in resume.notes:
             print(note, file=sys.stderr, flush=True)
         with ExitStack() as stack:  # what was opened is closed, also when the next thing fails to open

@@ -179,7 +179,7 @@ class Decoder:
     def __init__(self, model: Model, device: torch.device | str = "cpu"):
         self.model = model
         self.rope = Rope(model, device)
-        k_dim, _, self.kv_heads = head_dims(model)
+        k_dim, _, _ = head_dims(model)
         self.scale = k_dim**-0.5
         if model.mla and model.rope_scaling and model.rope_scaling.mscale_all_dim:
             self.scale *= yarn_mscale(model.rope_scaling.factor, model.rope_scaling.mscale_all_dim) ** 2
