@@ -89,7 +89,7 @@ def served(exp: Any) -> Iterator[Arm]:
         try:
             trainer, rollout = exp.trainer.build(exp, workers), exp.rollout.build(exp, workers)
             trainer.restore(None)
-            trainer.publish(rollout, 0)
+            trainer.publish(rollout, 0).result()
             tokenizer = load_tokenizer(exp.model)
             sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, samples=exp.algorithm.samples_per_prompt)
 

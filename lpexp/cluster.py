@@ -6,6 +6,7 @@ words only, so `cluster=inline` runs the same classes in one process. ray is imp
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import re
@@ -203,6 +204,8 @@ class _Worker:
 
     def __init__(self, kind: type, args: tuple[Any, ...]):
         self._held = kind(*args)
+        gc.collect()
+        gc.freeze()  # what lives as long as the worker is not searched again and again
 
     def call(self, method: str, *args: Any) -> bytes:
         args = tuple(pickle.loads(arg) if isinstance(arg, bytes) else arg for arg in args)  # another worker's bulk

@@ -44,8 +44,9 @@ def train(run: Session, step: int) -> None:
             report = trainer.step(exp.algorithm.batch(groups, step))
         note.learn(report)
         with note.time("sync"):
-            note.sync(trainer.publish(rollout, version=step + 1))
-            run.pipeline.ask_ahead(step + 1)  # generated while this step is written down
+            update = trainer.publish(rollout, version=step + 1)
+            run.pipeline.ask_ahead(step + 1)  # queued behind the new weights: generated while this step is written down
+            note.sync(update.result())
         if step + 1 == exp.steps:
             with note.time("eval"):
                 note.eval(exp.task.name, *run.evaluations(exp.steps))

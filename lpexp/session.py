@@ -98,9 +98,9 @@ class Pipeline:
         self.pending: dict[int, Pending] = {}
         trainer, rollout, start = session.trainer, session.rollout, session.start
         if session.exp.lag and start:  # the batch in hand was sampled by the weights one version back
-            session.log.sync(trainer.publish(rollout, start - 1))
+            session.log.sync(trainer.publish(rollout, start - 1).result())
             self.ask(start)
-        session.log.sync(trainer.publish(rollout, start))
+        session.log.sync(trainer.publish(rollout, start).result())
 
     def ask(self, step: int) -> None:
         """Start generating the batch of a step, unless that has been done."""

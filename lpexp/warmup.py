@@ -66,7 +66,7 @@ def train(exp: Experiment) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Cross-entropy on the answers until sampled held-out accuracy reaches the target; RunError when it never does."""
     import torch
 
-    from lpexp.model.decoder import Decoder, TrainWeights, initial_tensors, span_of
+    from lpexp.model.decoder import Decoder, TrainWeights, initial_tensors
     from lpexp.model.tokenizer import load_tokenizer
     from lpexp.precision.bf16 import Bf16
     from lpexp.precision.wire import freeze, ship
@@ -95,7 +95,7 @@ def train(exp: Experiment) -> tuple[dict[str, Tensor], dict[str, Any]]:
         for i, (row, (prompt, _)) in enumerate(zip(rows, pairs, strict=True)):
             tokens[i, : len(row)], mask[i, len(prompt.tokens) : len(row)] = row, True
         tokens_BT, mask_BT = torch.from_numpy(tokens), torch.from_numpy(mask)
-        hidden = decoder.hidden(weights, tokens_BT, span_of(task.max_prompt + task.max_response))
+        hidden = decoder.hidden(weights, tokens_BT)
         logits = decoder.head(weights, hidden[:, :-1][mask_BT[:, 1:]])
         torch.nn.functional.cross_entropy(logits, tokens_BT[mask_BT]).backward()
         for name, master in masters.items():

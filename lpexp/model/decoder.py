@@ -2,8 +2,8 @@
 
 Every matrix product goes through a `Weights`, which asks the precision. The same code object scores whole sequences
 and decodes token by token from a cache; the two agree bit for bit because no result depends on how many rows are
-computed beside it: matrix products pad their rows, attention runs in float64 over a fixed span of keys and is
-rounded once, and SiLU is composed of position-independent operations (numerics of each: docs/numerics.md).
+computed beside it: matrix products pad their rows, attention sums over a row's own keys in float64 and is rounded
+once, everything between goes row by row (ops.py; numerics of each: docs/numerics.md).
 Values are carried in float32 and rounded to the precision's activations at module boundaries.
 
 Left out: dropout, sliding windows, fused kernels.
@@ -22,13 +22,11 @@ from torch import Tensor
 
 from lpexp.data import Param
 from lpexp.errors import RunError
-from lpexp.model import Model
+from lpexp.model import Model, ops
+from lpexp.model.ops import Rotation
 from lpexp.precision import Parts, Precision, numeric
 
-QUERY_ROWS = 4  # float64 products on CPU are row-invariant from 4 rows on
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
-Rotation = tuple[Tensor, Tensor]  # cos, sin
-SPAN = 16  # keys are padded to a multiple of this
 
 
 class Weights(ABC):
@@ -36,6 +34,7 @@ class Weights(ABC):
 
     def __init__(self, model: Model, precision: Precision):
         self.precision, self.plain = precision, precision.plain
+        self.half = self.plain.carries == "bfloat16"
         self.kinds = {param.name: param for param in model.params()}
         self._together: dict[tuple[str, ...], Any] = {}
         self.covered = {name for name, param in self.kinds.items() if precision.covers(param, model.moe is not None)}
@@ -51,12 +50,11 @@ class Weights(ABC):
     def linear(self, x: Tensor, name: str) -> Tensor:
         """x [..., I] @ W[name] [O, I].T, rounded to the activations' precision."""
 
-    def linears(self, x: Tensor, names: Sequence[str]) -> Sequence[Tensor]:
-        """`linear` by each name; one product where the precision can join the matrices without changing a code."""
-        joined = self._joined(tuple(names))
-        if joined is None:
-            return [self.linear(x, name) for name in names]
-        return joined(x).split([self.kinds[name].shape[0] for name in names], -1)
+    def joined(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        """`linear` by each name, side by side; one product where the precision can join the matrices without changing
+        a code."""
+        product = self._joined(tuple(names))
+        return torch.cat([self.linear(x, name) for name in names], -1) if product is None else product(x)
 
     @abstractmethod
     def _joined(self, names: tuple[str, ...]) -> Callable[[Tensor], Tensor] | None: ...
@@ -143,22 +141,26 @@ def is_product(param: Param) -> bool:
 
 
 class Cache:
-    """Keys and values of `slots` sequences, each up to `span` tokens; in the type that attention reads them in."""
-
-    dtype = torch.float64
+    """Keys and values of `slots` sequences, each up to `span` tokens: a row a token, [slots * span, heads, D]."""
 
     def __init__(self, model: Model, slots: int, span: int, device: torch.device | str = "cpu"):
         k_dim, v_dim, heads = head_dims(model)
         self.span = span
-        size = (slots, heads, span)
-        self.k = [torch.zeros(*size, k_dim, dtype=self.dtype, device=device) for _ in range(model.num_hidden_layers)]
-        self.v = [torch.zeros(*size, v_dim, dtype=self.dtype, device=device) for _ in range(model.num_hidden_layers)]
+        rows, layers = slots * span, model.num_hidden_layers
+        self.k = [torch.zeros(rows, heads, k_dim, device=device) for _ in range(layers)]
+        self.v = [torch.zeros(rows, heads, v_dim, device=device) for _ in range(layers)]
+
+    def put(self, layer: int, slot: int, k: Tensor, v: Tensor) -> None:
+        """The first tokens of consecutive slots: k and v [slots, T, heads, D]."""
+        for kept, given in ((self.k[layer], k), (self.v[layer], v)):
+            kept.unflatten(0, (-1, self.span))[slot : slot + len(given), : given.shape[1]] = given
 
     def move(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy whole sequences to other slots."""
         if sources:
-            for tensor in (*self.k, *self.v):
-                tensor[list(targets)] = tensor[list(sources)]
+            for kept in (*self.k, *self.v):
+                slots = kept.unflatten(0, (-1, self.span))
+                slots[list(targets)] = slots[list(sources)]
 
 
 def head_dims(model: Model) -> tuple[int, int, int]:
@@ -166,11 +168,6 @@ def head_dims(model: Model) -> tuple[int, int, int]:
     if model.mla:
         return model.mla.qk_nope_head_dim + model.mla.qk_rope_head_dim, model.mla.v_head_dim, model.num_attention_heads
     return model.head_dim, model.head_dim, model.num_key_value_heads
-
-
-def span_of(length: int) -> int:
-    """Keys that attention runs over for sequences of at most `length` tokens."""
-    return -(-length // SPAN) * SPAN
 
 
 class Decoder:
@@ -184,9 +181,9 @@ class Decoder:
         if model.mla and model.rope_scaling and model.rope_scaling.mscale_all_dim:
             self.scale *= yarn_mscale(model.rope_scaling.factor, model.rope_scaling.mscale_all_dim) ** 2
 
-    def logits(self, weights: Weights, tokens_BT: Tensor, span: int | None = None) -> Tensor:
+    def logits(self, weights: Weights, tokens_BT: Tensor) -> Tensor:
         """[B, T] token ids -> float32 logits [B, T, V]; causal, so right padding changes nothing before it."""
-        return self.head(weights, self.hidden(weights, tokens_BT, span=span))
+        return self.head(weights, self.hidden(weights, tokens_BT))
 
     def head(self, weights: Weights, hidden: Tensor) -> Tensor:
         tied = self.model.tie_word_embeddings
@@ -196,83 +193,53 @@ class Decoder:
         self,
         weights: Weights,
         tokens_BT: Tensor,
-        span: int | None = None,
         keep: list[tuple[Tensor, Tensor]] | None = None,
         routes: list[Tensor] | None = None,
     ) -> Tensor:
         """Whole sequences -> final normed hidden states [B, T, H].
 
-        `span` fixes the padded key length (default: T rounded up); `keep` receives each layer's (k, v)
-        [B, heads, T, D]; `routes` each mixture-of-experts layer's choices [B, T, top_k].
+        `keep` receives each layer's (k, v) [B, T, heads, D]; `routes` each mixture-of-experts layer's choices
+        [B, T, top_k].
         """
         batch, length = tokens_BT.shape
-        span = max(span or 0, span_of(length))
-        allowed_TS = torch.ones(length, span, dtype=torch.bool, device=tokens_BT.device).tril()
+        t_T = torch.arange(length, device=tokens_BT.device)
+        first_BT = (torch.arange(batch, device=tokens_BT.device) * length)[:, None].expand(-1, length)
+        seen_R4 = spans(first_BT, (t_T + 1).expand(batch, -1))
 
-        def attend(layer: int, *rows_R: Tensor) -> Tensor:
-            q, k, v = (rows.unflatten(0, (batch, length)).transpose(1, 2) for rows in rows_R)
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
             if keep is not None:
-                keep.append((k, v))
-            mixed = attention(q, pad_keys(k, span), pad_keys(v, span), allowed_TS, self.scale)
-            return mixed.transpose(1, 2).flatten(0, 1)
+                own = (x[: batch * length].unflatten(0, (batch, length)) for x in (k, v))
+                keep.append((next(own), next(own)))
+            return ops.attention(q, k, v, seen, self.scale, weights.half)
 
-        positions_R = torch.arange(length, device=tokens_BT.device).repeat(batch)
-        x = self._layers(weights, tokens_BT.reshape(-1), positions_R, attend, routes)
+        x = self._layers(weights, tokens_BT.reshape(-1), t_T.repeat(batch), seen_R4, attend, routes)
         if routes is not None:
             routes[:] = [chosen.unflatten(0, (batch, length)) for chosen in routes]
         return x.unflatten(0, (batch, length))
 
     def continued(
-        self,
-        weights: Weights,
-        prompts_PT: Tensor,
-        answers_NT: Tensor,
-        owner_N: Tensor,
-        lengths_N: Tensor,
-        span: int | None = None,
+        self, weights: Weights, prompts_PT: Tensor, answers_NT: Tensor, owner_N: Tensor, lengths_N: Tensor
     ) -> Tensor:
-        """Answers whose prompts are computed once for all of them -> hidden states [P * Tp + N * Ta + filler, H].
+        """Answers whose prompts are computed once for all of them -> hidden states [P * Tp + N * Ta, H].
 
         prompts_PT [P, Tp] and answers_NT [N, Ta] are right-padded; answer n continues prompt owner_N[n], which has
         lengths_N[n] tokens. The same bits as `hidden` of the joined sequences, for a fraction of the rows.
         """
         (prompts, tp), (answers, ta) = prompts_PT.shape, answers_NT.shape
-        device, split = prompts_PT.device, prompts * tp
-        span = max(span or 0, span_of(tp + ta))
-        causal_TS = torch.ones(tp, span, dtype=torch.bool, device=device).tril()
-        places_NT = lengths_N[:, None] + torch.arange(ta, device=device)  # absolute positions of the answers' tokens
-        keys_S = torch.arange(span, device=device)
-        allowed_NTS = keys_S <= places_NT[..., None]
-        ragged = bool((lengths_N != tp).any())
-        # Where key s of an answer lies in [prompt | answer]; past the end anything will do, it is not allowed.
-        source_NS = torch.where(keys_S < lengths_N[:, None], keys_S, keys_S - lengths_N[:, None] + tp)
-        source_NS = source_NS.clamp_max(tp + ta - 1)
+        device = prompts_PT.device
+        t_T, j_T = torch.arange(tp, device=device), torch.arange(ta, device=device)
+        p_P, n_N = torch.arange(prompts, device=device), torch.arange(answers, device=device)
+        seen_P = spans((p_P * tp)[:, None].expand(-1, tp), (t_T + 1).expand(prompts, -1))
+        own = (prompts * tp + n_N * ta)[:, None].expand(-1, ta)
+        before, length = (x[:, None].expand(-1, ta) for x in (owner_N * tp, lengths_N))
+        seen_N = spans(before, length, own, (j_T + 1).expand(answers, -1))
+        tokens_R = torch.cat((prompts_PT.reshape(-1), answers_NT.reshape(-1)))
+        positions_R = torch.cat((t_T.repeat(prompts), (lengths_N[:, None] + j_T).reshape(-1)))
 
-        filler = -(split + answers * ta) % numeric.PAD_ROWS  # padded once here, no product needs to pad again
-        sizes = (split, answers * ta, filler)
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+            return ops.attention(q, k, v, seen, self.scale, weights.half)
 
-        def joined(before: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-            before = before.unflatten(0, (prompts, tp)).transpose(1, 2)  # [P, heads, Tp, D]
-            own = own.unflatten(0, (answers, ta)).transpose(1, 2)  # [N, heads, Ta, D]
-            whole = torch.cat((before.index_select(0, owner_N), own), 2)
-            if ragged:
-                index = source_NS[:, None, :, None].expand(-1, whole.shape[1], -1, whole.shape[3])
-                return pad_keys(before, span), whole.gather(2, index)
-            return pad_keys(before, span), pad_keys(whole, span)
-
-        def attend(layer: int, q_R: Tensor, k_R: Tensor, v_R: Tensor) -> Tensor:
-            (q, q_own, _), (k, k_own, _), (v, v_own, _) = (rows.split(sizes) for rows in (q_R, k_R, v_R))
-            (k, k_whole), (v, v_whole) = joined(k, k_own), joined(v, v_own)
-            q = q.unflatten(0, (prompts, tp)).transpose(1, 2)
-            first = attention(q, k, v, causal_TS, self.scale).transpose(1, 2).flatten(0, 1)
-            q = q_own.unflatten(0, (answers, ta)).transpose(1, 2)
-            second = attention(q, k_whole, v_whole, allowed_NTS, self.scale).transpose(1, 2).flatten(0, 1)
-            return torch.cat((first, second, first.new_zeros(filler, *first.shape[1:])))
-
-        none = prompts_PT.new_zeros(filler)
-        tokens_R = torch.cat((prompts_PT.reshape(-1), answers_NT.reshape(-1), none))
-        positions_R = torch.cat((torch.arange(tp, device=device).repeat(prompts), places_NT.reshape(-1), none))
-        return self._layers(weights, tokens_R, positions_R, attend, None)
+        return self._layers(weights, tokens_R, positions_R, torch.cat((seen_P, seen_N)), attend, None)
 
     def decode(
         self,
@@ -284,77 +251,94 @@ class Decoder:
     ) -> Tensor:
         """One token for each of the cache's first B sequences, at its position -> hidden [B, H]."""
         rows = len(tokens_B)
-        allowed_B1S = (torch.arange(cache.span, device=tokens_B.device) <= positions_B[:, None])[:, None]
-        rows_B = torch.arange(rows, device=tokens_B.device)
+        first_B = torch.arange(rows, device=tokens_B.device) * cache.span
+        at_B = first_B + positions_B
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            cache.k[layer][rows_B, :, positions_B] = k.to(cache.dtype)
-            cache.v[layer][rows_B, :, positions_B] = v.to(cache.dtype)
-            return attention(q[:, :, None], cache.k[layer][:rows], cache.v[layer][:rows], allowed_B1S, self.scale)[
-                :, :, 0
-            ]
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+            cache.k[layer][at_B], cache.v[layer][at_B] = k[:rows], v[:rows]
+            return ops.attention(q, cache.k[layer], cache.v[layer], seen, self.scale, weights.half)
 
-        return self._layers(weights, tokens_B, positions_B, attend, routes)
+        return self._layers(weights, tokens_B, positions_B, spans(first_B, positions_B + 1), attend, routes)
 
     def _layers(
-        self, weights: Weights, tokens_R: Tensor, positions_R: Tensor, attend: Any, routes: list[Tensor] | None
+        self,
+        weights: Weights,
+        tokens_R: Tensor,
+        positions_R: Tensor,
+        seen_R4: Tensor,
+        attend: Callable[[int, Tensor, Tensor, Tensor, Tensor], Tensor],
+        routes: list[Tensor] | None,
     ) -> Tensor:
-        """R rows, each a token at its position; only `attend` (of q, k, v [R, heads, D]) knows how they are ordered."""
-        model = self.model
+        """R rows, each a token at its position; `attend` (layer, q, k, v, seen) says whose keys `seen` speaks of.
+
+        Rows are padded here once, with rows that see nothing, so that no product needs to pad.
+        """
+        model, rows = self.model, len(tokens_R)
+        if more := -rows % numeric.PAD_ROWS:
+            pad = torch.nn.functional.pad
+            tokens_R, positions_R, seen_R4 = (
+                pad(tokens_R, (0, more)),
+                pad(positions_R, (0, more)),
+                pad(seen_R4, (0, 0, 0, more)),
+            )
         x = torch.nn.functional.embedding(tokens_R, weights.tensor("model.embed_tokens.weight"))  # [R, H]
-        rope = self.rope(positions_R)
+        turn = self.rope(positions_R)
         for layer in range(model.num_hidden_layers):
             at = f"model.layers.{layer}"
             normed = self._norm(weights, x, f"{at}.input_layernorm.weight")
             project = self._latent if model.mla else self._grouped
-            mixed = weights.round(attend(layer, *project(weights, normed, f"{at}.self_attn", rope))).flatten(1)
-            x = weights.round(x + weights.linear(mixed, f"{at}.self_attn.o_proj.weight"))
+            q, k, v = project(weights, normed, f"{at}.self_attn", turn)
+            mixed = attend(layer, q, k, v, seen_R4).flatten(1)
+            x = ops.add(x, weights.linear(mixed, f"{at}.self_attn.o_proj.weight"), weights.half)
             normed = self._norm(weights, x, f"{at}.post_attention_layernorm.weight")
             if model.is_moe_layer(layer):
-                x = weights.round(x + self._experts(weights, normed, f"{at}.mlp", routes))
+                x = ops.add(x, self._experts(weights, normed, f"{at}.mlp", routes), weights.half)
             else:
-                x = weights.round(x + mlp(weights, normed, f"{at}.mlp"))
-        return self._norm(weights, x, "model.norm.weight")
+                x = ops.add(x, mlp(weights, normed, f"{at}.mlp"), weights.half)
+        if routes is not None:
+            routes[:] = [chosen[:rows] for chosen in routes]
+        return self._norm(weights, x, "model.norm.weight")[:rows]
 
     def _norm(self, weights: Weights, x: Tensor, name: str) -> Tensor:
-        return rms_norm(weights, x, name, self.model.rms_norm_eps)
+        return ops.rms_norm(x, weights.tensor(name), self.model.rms_norm_eps, weights.half)
 
-    def _grouped(self, weights: Weights, x: Tensor, at: str, rope: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+    def _grouped(self, weights: Weights, x: Tensor, at: str, turn: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """Grouped-query attention: q [R, Hq, D], k and v [R, Hkv, D]."""
-        names = [f"{at}.{name}_proj" for name in "qkv"]
-        made = list(weights.linears(x, [f"{name}.weight" for name in names]))
+        model, names = self.model, [f"{at}.{name}_proj" for name in "qkv"]
+        y = weights.joined(x, [f"{name}.weight" for name in names])
         if f"{names[0]}.bias" in weights.kinds:
-            made = [weights.round(y + weights.tensor(f"{n}.bias")) for n, y in zip(names, made, strict=True)]
-        q, k, v = (y.unflatten(-1, (-1, self.model.head_dim)) for y in made)  # [R, heads, D]
-        sizes = (q.shape[1], k.shape[1])
-        both = torch.cat((q, k), 1)  # norm and rotation treat each head alike
-        if f"{at}.q_norm.weight" in weights.kinds:
-            scales = [
-                weights.tensor(f"{at}.{n}_norm.weight").expand(heads, -1) for n, heads in zip("qk", sizes, strict=True)
-            ]
-            both = weights.round(_RmsNorm.apply(both, torch.cat(scales), self.model.rms_norm_eps))  # type: ignore[arg-type]
-        q, k = weights.round(rotate(both, rope)).split(sizes, 1)
-        return q, k, v
+            y = weights.round(y + torch.cat([weights.tensor(f"{name}.bias") for name in names]))
+        q_norm, k_norm = (
+            weights.tensor(name) if name in weights.kinds else None
+            for name in (f"{at}.q_norm.weight", f"{at}.k_norm.weight")
+        )
+        sizes = (model.num_attention_heads, model.num_key_value_heads)
+        return ops.heads(y, q_norm, k_norm, model.rms_norm_eps, turn, *sizes, weights.half)
 
-    def _latent(self, weights: Weights, x: Tensor, at: str, rope: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+    def _latent(self, weights: Weights, x: Tensor, at: str, turn: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """Multi-head latent attention; keys and values are cached decompressed, which changes no value."""
         mla, heads = self.model.mla, self.model.num_attention_heads
         assert mla is not None
         if mla.q_lora_rank is None:
             q = weights.linear(x, f"{at}.q_proj.weight")
         else:
-            latent = rms_norm(weights, weights.linear(x, f"{at}.q_a_proj.weight"), f"{at}.q_a_layernorm.weight", 1e-6)
+            latent = self._latent_norm(
+                weights, weights.linear(x, f"{at}.q_a_proj.weight"), f"{at}.q_a_layernorm.weight"
+            )
             q = weights.linear(latent, f"{at}.q_b_proj.weight")
         q = q.unflatten(-1, (heads, -1))  # [R, heads, nope + rope]
         q_nope, q_rope = q.split((mla.qk_nope_head_dim, mla.qk_rope_head_dim), -1)
         down = weights.linear(x, f"{at}.kv_a_proj_with_mqa.weight")
         latent, k_rope = down.split((mla.kv_lora_rank, mla.qk_rope_head_dim), -1)
-        latent = rms_norm(weights, latent, f"{at}.kv_a_layernorm.weight", 1e-6)
+        latent = self._latent_norm(weights, latent, f"{at}.kv_a_layernorm.weight")
         kv = weights.linear(latent, f"{at}.kv_b_proj.weight").unflatten(-1, (heads, -1))
         k_nope, v = kv.split((mla.qk_nope_head_dim, mla.v_head_dim), -1)
-        q_rope = weights.round(rotate(deinterleave(q_rope), rope))
-        k_rope = weights.round(rotate(deinterleave(k_rope)[:, None], rope)).expand(-1, heads, -1)
+        q_rope = ops.rotate(deinterleave(q_rope), turn, weights.half)
+        k_rope = ops.rotate(deinterleave(k_rope)[:, None], turn, weights.half).expand(-1, heads, -1)
         return torch.cat((q_nope, q_rope), -1), torch.cat((k_nope, k_rope), -1), v
+
+    def _latent_norm(self, weights: Weights, x: Tensor, name: str) -> Tensor:
+        return ops.rms_norm(x, weights.tensor(name), 1e-6, weights.half)  # whatever rms_norm_eps says, as upstream
 
     def _experts(self, weights: Weights, x: Tensor, at: str, routes: list[Tensor] | None) -> Tensor:
         """Mixture of experts: each token's top_k experts, weighted; sums run in expert order in float32."""
@@ -393,112 +377,20 @@ class Decoder:
 
 def mlp(weights: Weights, x: Tensor, at: str) -> Tensor:
     """SwiGLU on rows [R, H]."""
-    gate, up = weights.linears(x, [f"{at}.gate_proj.weight", f"{at}.up_proj.weight"])
-    return weights.linear(weights.round(_SiluMul.apply(gate, up)), f"{at}.down_proj.weight")  # type: ignore[arg-type]
+    both = weights.joined(x, [f"{at}.gate_proj.weight", f"{at}.up_proj.weight"])
+    return weights.linear(ops.silu_mul(both, weights.half), f"{at}.down_proj.weight")
 
 
-def rms_norm(weights: Weights, x: Tensor, name: str, eps: float) -> Tensor:
-    """Root-mean-square norm in float32 over the last axis."""
-    return weights.round(_RmsNorm.apply(x, weights.tensor(name), eps))  # type: ignore[arg-type]
-
-
-class _SiluMul(torch.autograd.Function):
-    """silu(gate) * up; composed, because torch's own SiLU depends on the element's position in the tensor."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return gate / (torch.exp(-gate).add_(1)) * up
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        gate, up = ctx.saved_tensors
-        share = torch.exp(-gate).add_(1).reciprocal_()  # sigmoid
-        silu = gate * share
-        slope = (1 - share).mul_(silu).add_(share)  # share * (1 + gate * (1 - share))
-        return slope.mul_(grad).mul_(up), silu.mul_(grad)
-
-
-class _RmsNorm(torch.autograd.Function):
-    """weight * x / sqrt(mean(x^2) + eps) over the last axis."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        factor = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-        normed = x * factor
-        ctx.save_for_backward(normed, factor, weight)
-        return normed * weight
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        normed, factor, weight = ctx.saved_tensors
-        leading = grad.dim() - weight.dim()
-        dw = (grad * normed).flatten(0, leading - 1).sum(0) if ctx.needs_input_grad[1] else None
-        dy = grad * weight
-        dx = (dy - normed * (dy * normed).mean(-1, keepdim=True)).mul_(factor)
-        return dx, dw, None
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float) -> Tensor:
-    """softmax(q k^T * scale) v in float64, rounded once to float32; gradients in float32.
-
-    q [B, Hq, T, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv], allowed [T, S] or [B, T, S] -> [B, Hq, T, Dv].
-    Query rows are padded to QUERY_ROWS and keys to a fixed span, so that a sequence scored whole and one decoded
-    token by token run the same sums. Forbidden keys have weight exactly 0.
-    """
-    return _Attention.apply(q, k, v, allowed[None, None] if allowed.dim() == 2 else allowed[:, None], scale)  # type: ignore[return-value]
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float) -> Tensor:
-        batch, heads, length, dim = q.shape
-        groups = k.shape[1]
-        rows = q.double().reshape(batch, groups, -1, dim)  # [B, Hkv, Hq/Hkv * T, D]
-        short = -rows.shape[2] % QUERY_ROWS
-        if short:
-            rows = torch.nn.functional.pad(rows, (0, 0, 0, short))
-        scores = (rows @ k.double().transpose(2, 3)).mul_(scale)  # [B, Hkv, R, S]
-        own = scores[:, :, : rows.shape[2] - short].unflatten(2, (heads // groups, length))
-        own.masked_fill_(~allowed[:, :, None], -torch.inf)
-        weights = scores.sub_(scores.amax(-1, keepdim=True)).exp_()
-        total = weights.sum(-1, keepdim=True)
-        mixed = (weights @ v.double()).div_(total)[:, :, : rows.shape[2] - short]  # [B, Hkv, R, Dv]
-        out = mixed.reshape(batch, heads, length, -1).float()
-        if any(ctx.needs_input_grad):
-            share = weights.div_(total)[:, :, : rows.shape[2] - short].float()
-            ctx.save_for_backward(q, k, v, share, out)
-            ctx.scale = scale
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        q, k, v, share, out = ctx.saved_tensors  # share: the softmax [B, Hkv, R, S]
-        batch, groups, rows = share.shape[:3]
-        dy = grad.reshape(batch, groups, rows, -1)
-        dv = share.transpose(2, 3) @ dy
-        inner = (grad * out).sum(-1, keepdim=True).reshape(batch, groups, rows, 1)
-        dscores = (dy @ v.float().transpose(2, 3)).sub_(inner).mul_(share).mul_(ctx.scale)
-        dq = (dscores @ k.float()).reshape(q.shape)
-        dk = dscores.transpose(2, 3) @ q.reshape(batch, groups, rows, -1)
-        return dq, dk, dv, None, None
-
-
-def pad_keys(x: Tensor, span: int) -> Tensor:
-    """[B, heads, T, D] -> [B, heads, span, D], zeros behind."""
-    return torch.nn.functional.pad(x, (0, 0, 0, span - x.shape[2]))
+def spans(first: Tensor, count: Tensor, first2: Tensor | None = None, count2: Tensor | None = None) -> Tensor:
+    """Two spans of keys for each row (the second may be left out), as `ops.attention` reads them: int64 [R, 4]."""
+    nothing = torch.zeros_like(first)
+    parts = (first, count, nothing if first2 is None else first2, nothing if count2 is None else count2)
+    return torch.stack(parts, -1).reshape(-1, 4)
 
 
 def deinterleave(x: Tensor) -> Tensor:
     """DeepSeek stores rotary pairs side by side; bring them to halves."""
     return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
-
-
-def rotate(x: Tensor, rope: Rotation) -> Tensor:
-    """Rotary embedding of x [R, heads, D] by (cos, sin) [R, 1, D]."""
-    cos, sin = rope
-    low, high = x.chunk(2, -1)
-    return x * cos + torch.cat((-high, low), -1) * sin
 
 
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
@@ -540,7 +432,7 @@ class Rope:
         longest = int(positions_R.max()) + 1
         if longest > len(self.cos):
             self._grow(1 << (longest - 1).bit_length())
-        return self.cos[positions_R][:, None], self.sin[positions_R][:, None]
+        return Rotation(self.cos, self.sin, positions_R)
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:

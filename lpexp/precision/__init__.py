@@ -14,7 +14,7 @@ import json
 import pkgutil
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import PlainValidator
 from pydantic_core import PydanticCustomError
@@ -53,6 +53,9 @@ class Precision(Spec):
     ABSTRACT: ClassVar[bool] = True
     name: str
     trains: ClassVar[bool] = True  # False: serves and exports only
+    carries: ClassVar[Literal["bfloat16", "float32"]] = (
+        "bfloat16"  # the values between modules, which `round` rounds to
+    )
     reads: ClassVar[str] = ""  # the kind of `quantization_config` that `read_hf` understands
 
     # -- what is quantised -----------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ class Bf16(Precision):
         from lpexp.precision import numeric
 
         w = numeric.bf16(weight.detach()) if operand is None else operand
-        return numeric.linear(x, weight, w, numeric.bf16, numeric.matmul_bf16)
+        return numeric.linear(x, weight, w, True, numeric.matmul_bf16)
 
     def serve(self, x: Tensor, operand: Tensor) -> Tensor:
         import torch
@@ -64,7 +64,7 @@ class Bf16(Precision):
         from lpexp.precision import numeric
 
         w = numeric.bf16(weight.detach()) if operand is None else operand
-        return numeric.accumulate(x, weight, w, numeric.bf16)
+        return numeric.accumulate(x, weight, w, True)
 
     def served_bytes(self, shape: tuple[int, ...]) -> int:
         return 2 * math.prod(shape)

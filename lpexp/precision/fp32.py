@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lpexp.data import Param
 from lpexp.precision import Parts, Precision
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 class Fp32(Precision):
     """Weights, activations and gradients in float32."""
+
+    carries: ClassVar = "float32"
 
     def covers(self, param: Param, moe: bool) -> bool:
         return False
@@ -42,7 +44,7 @@ class Fp32(Precision):
     def linear(self, x: Tensor, weight: Tensor, operand: Tensor | None = None) -> Tensor:
         from lpexp.precision import numeric
 
-        return numeric.linear(x, weight, weight.detach() if operand is None else operand, numeric.exact)
+        return numeric.linear(x, weight, weight.detach() if operand is None else operand, False)
 
     def serve(self, x: Tensor, operand: Tensor) -> Tensor:
         import torch

@@ -8,7 +8,6 @@ Source: docs/numerics.md; formats are OCP OFP8 (e4m3, no infinity) and compresse
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,25 +15,50 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lpexp import kernels
 from lpexp.errors import NonFiniteWeightError, RunError
 
 PAD_ROWS = 16  # a product of a multiple of 16 rows has the same bits in every row, however many rows there are
 BLOCK = 128
-CHUNK = 1 << 18  # values that are quantised at a time on a CPU: they and their temporaries stay in its cache
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 FLOOR = 1e-10  # least amax of weights and activations
 FLOOR_GRAD = 448.0 * 2.0**-126  # least amax of gradients: its scale 2^-126 still has a finite reciprocal
 INT4_FLOOR = 1e-5  # least scale of a group
 
-Round = Callable[[Tensor], Tensor]
 Product = Callable[[Tensor, Tensor], Tensor]
 
 
 # -- rounding and products -----------------------------------------------------------------------------------------
 def bf16(x: Tensor) -> Tensor:
     """RN16b: the nearest bf16 values, ties to even, in a float32 carrier; no autograd rule of its own."""
-    return x.to(torch.bfloat16).to(torch.float32)
+    if x.is_cuda or x.dtype != torch.float32:
+        return x.to(torch.bfloat16).to(torch.float32)
+    x = x.detach().contiguous()
+    out = torch.empty_like(x)
+    kernels.round_to(x.view(-1).numpy(), out.view(-1).numpy())
+    return out
+
+
+def _bf16_(x: Tensor) -> Tensor:
+    """RN16b of a fresh float32 tensor, in its own memory where that is possible."""
+    if x.is_cuda or not x.is_contiguous():
+        return bf16(x)
+    kernels.round_(x.view(-1).numpy())
+    return x
+
+
+class _Unrecorded:
+    """Stands for the context of an autograd function whose gradient nobody will ask for."""
+
+    needs_input_grad = ()
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+
+def recorded(function: Any, *args: Any) -> Any:
+    """function.apply; without gradients its forward alone, which for small tensors takes half the time."""
+    return function.apply(*args) if torch.is_grad_enabled() else function.forward(_Unrecorded(), *args)
 
 
 class _RoundBf16(torch.autograd.Function):
@@ -49,12 +73,7 @@ class _RoundBf16(torch.autograd.Function):
 
 def round_bf16(x: Tensor) -> Tensor:
     """RN16b of the values and, in the backward pass, of the gradient."""
-    return _RoundBf16.apply(x)  # type: ignore[return-value]
-
-
-def exact(x: Tensor) -> Tensor:
-    """No rounding: what float32 carries between modules."""
-    return x
+    return recorded(_RoundBf16, x)
 
 
 def pad_to(x: Tensor, rows: int, cols: int) -> Tensor:
@@ -83,42 +102,45 @@ def matmul_bf16(x: Tensor, w: Tensor) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """Y = round(X W^T), dX = round(dY W), dW = dY^T X in float32; `w` holds the values, `weight` takes the gradient.
+    """Y = round(X W^T), dX = round(dY W), dW = dY^T X in float32; `half` rounds to bf16.
+
+    `w` holds the values, `weight` takes the gradient.
 
     X holds rounded values already, as everything between modules does; dY is rounded on entry.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, w: Tensor, round: Round, product: Product, unrounded: bool
+        ctx: Any, x: Tensor, weight: Tensor, w: Tensor, half: bool, product: Product, unrounded: bool
     ) -> Tensor:
         x2 = x.reshape(-1, x.shape[-1])
         ctx.save_for_backward(x2, w)
-        ctx.shape, ctx.round, ctx.product, ctx.unrounded = x.shape, round, product, unrounded
+        ctx.shape, ctx.half, ctx.product, ctx.unrounded = x.shape, half, product, unrounded
         y = product(x2, w)
-        return (y if unrounded else round(y)).reshape(*x.shape[:-1], w.shape[0])
+        return (_bf16_(y) if half and not unrounded else y).reshape(*x.shape[:-1], w.shape[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         x2, w = ctx.saved_tensors
         dy = grad.reshape(-1, w.shape[0])
-        dy = dy if ctx.unrounded else ctx.round(dy)
+        dy = bf16(dy) if ctx.half and not ctx.unrounded else dy
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            dx = ctx.round(ctx.product(dy, w.t())).reshape(ctx.shape)  # [M, N] @ [N, K]
+            dx = ctx.product(dy, w.t())  # [M, N] @ [N, K]
+            dx = (_bf16_(dx) if ctx.half else dx).reshape(ctx.shape)
         if ctx.needs_input_grad[1]:
             dw = ctx.product(dy.t(), x2.t())  # [N, M] @ [M, K]
         return dx, dw, None, None, None, None
 
 
-def linear(x: Tensor, weight: Tensor, w: Tensor, round: Round, product: Product = matmul_rows) -> Tensor:
-    """x [..., K] times the values w [N, K]; output and input gradient rounded, the gradient of w goes to `weight`."""
-    return _Linear.apply(x, weight, w, round, product, False)  # type: ignore[return-value]
+def linear(x: Tensor, weight: Tensor, w: Tensor, half: bool, product: Product = matmul_rows) -> Tensor:
+    """x [..., K] times the values w [N, K], whose gradient goes to `weight`; `half` rounds output and dX."""
+    return recorded(_Linear, x, weight, w, half, product, False)
 
 
-def accumulate(x: Tensor, weight: Tensor, w: Tensor, round: Round) -> Tensor:
+def accumulate(x: Tensor, weight: Tensor, w: Tensor, half: bool) -> Tensor:
     """As `linear`, with the float32 sums themselves as output (head, router); only the input gradient is rounded."""
-    return _Linear.apply(x, weight, w, round, matmul_rows, True)  # type: ignore[return-value]
+    return recorded(_Linear, x, weight, w, half, matmul_rows, True)
 
 
 # -- checks --------------------------------------------------------------------------------------------------------
@@ -158,51 +180,47 @@ def from_e4m3(codes: Tensor) -> Tensor:
     return table.index_select(0, codes.view(torch.uint8).flatten().to(torch.int32)).view(codes.shape)
 
 
-def round_e4m3_(x: Tensor) -> Tensor:
-    """RN8 of values within +-448, in place, in float32: adding 1.5 * 2^20 times the value's power of two drops all but
-    the bits that e4m3 keeps (below 2^-6 it keeps multiples of 2^-9). Equal to torch's cast but for the sign of a zero,
-    and four times as fast on a CPU.
+def round_e4m3(x: Tensor) -> Tensor:
+    """RN8 of values within +-448, in float32: adding 1.5 * 2^20 times the value's power of two drops all but the bits
+    that e4m3 keeps (below 2^-6 it keeps multiples of 2^-9). Equal to torch's cast but for the sign of a zero.
     """
-    magic = (x.view(torch.int32) & 0x7F800000).view(torch.float32).clamp_(min=2.0**-6).mul_(1.5 * 2**20)
-    return x.add_(magic).sub_(magic)
+    magic = (x.view(torch.int32) & 0x7F800000).view(torch.float32).clamp(min=2.0**-6) * (1.5 * 2**20)
+    return (x + magic) - magic
 
 
 def quantize_e4m3(x: Tensor, dim: int, floor: float, pow2: bool) -> tuple[Tensor, Tensor]:
-    """Codes (float32 carriers) and scales [..., 1, ...] of blocks that run along `dim`.
+    """Codes (float32 carriers) and scales [..., 1, ...] of blocks that run along `dim`, in plain torch.
 
     A block with a NaN or an infinity is poisoned: all its codes are NaN, its scale is 1, so that the loss shows it.
     """
-    if x.is_cuda or x.numel() <= CHUNK:
-        return _quantize(x, torch.empty_like(x), dim, floor, pow2)
-    codes, step = torch.empty_like(x), max(CHUNK // x[0].numel(), 1)
-    chunks = zip(x.split(step), codes.split(step), strict=True)
-    return codes, torch.cat([_quantize(part, into, dim, floor, pow2)[1] for part, into in chunks])
-
-
-def _quantize(x: Tensor, codes: Tensor, dim: int, floor: float, pow2: bool) -> tuple[Tensor, Tensor]:
     amax = x.abs().amax(dim, keepdim=True)
-    scale = scale_e4m3(amax, floor, pow2)
-    round_e4m3_(torch.div(x, scale, out=codes).clamp_(-E4M3_MAX, E4M3_MAX))
-    if x.is_cuda or (x.numel() and not math.isfinite(amax.max())):  # on a GPU looking would cost a synchronisation
-        poisoned = ~torch.isfinite(amax)
-        codes.masked_fill_(poisoned, float("nan"))
-        scale.masked_fill_(poisoned, 1.0)
-    return codes, scale
+    scale, poisoned = scale_e4m3(amax, floor, pow2), ~torch.isfinite(amax)
+    codes = round_e4m3((x / scale).clamp(-E4M3_MAX, E4M3_MAX))
+    return codes.masked_fill(poisoned, float("nan")), scale.masked_fill(poisoned, 1.0)
 
 
 def quantize_rows(x: Tensor, floor: float, pow2: bool) -> tuple[Tensor, Tensor]:
     """[M, K] in blocks of 1 x 128 along K -> codes [M, K], scales [M, ceil(K / 128)]."""
     rows, cols = x.shape
-    padded = pad_to(x, 1, BLOCK)
-    codes, scale = quantize_e4m3(padded.view(rows, padded.shape[1] // BLOCK, BLOCK), 2, floor, pow2)
-    return codes.view(padded.shape)[:, :cols], scale.squeeze(2)
+    blocks = pad_to(x, 1, BLOCK).contiguous().view(rows, -(-cols // BLOCK), BLOCK)
+    if x.is_cuda:
+        codes, scale = quantize_e4m3(blocks, 2, floor, pow2)
+    else:
+        codes, scale = torch.empty_like(blocks), blocks.new_empty(blocks.shape[:2])
+        kernels.quantize_runs(blocks.detach().numpy(), floor, pow2, codes.numpy(), scale.numpy())
+    return codes.flatten(1)[:, :cols], scale.view(rows, -(-cols // BLOCK))
 
 
 def quantize_columns(x: Tensor, floor: float, pow2: bool) -> tuple[Tensor, Tensor]:
     """[M, K] in blocks of 128 x 1 along M -> codes [B, 128, K] with zero rows at the end, scales [B, K]."""
-    padded = pad_to(x, BLOCK, 1)
-    codes, scale = quantize_e4m3(padded.view(padded.shape[0] // BLOCK, BLOCK, x.shape[1]), 1, floor, pow2)
-    return codes, scale.squeeze(1)
+    if x.is_cuda:
+        padded = pad_to(x, BLOCK, 1)
+        codes, scale = quantize_e4m3(padded.view(padded.shape[0] // BLOCK, BLOCK, x.shape[1]), 1, floor, pow2)
+        return codes, scale.squeeze(1)
+    blocks = -(-x.shape[0] // BLOCK)
+    codes, scale = x.new_empty(blocks * BLOCK, x.shape[1]), x.new_empty(blocks, x.shape[1])
+    kernels.quantize_columns(x.detach().contiguous().numpy(), floor, pow2, codes.numpy(), scale.numpy())
+    return codes.view(blocks, BLOCK, x.shape[1]), scale
 
 
 def quantize_tiles(w: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:

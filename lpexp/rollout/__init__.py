@@ -34,13 +34,21 @@ class Pending(Protocol):
     def result(self) -> list[Group]: ...
 
 
+class Loading(Protocol):
+    """Weights on their way into the engines."""
+
+    def result(self) -> tuple[list[str], dict[str, float]]:
+        """Wait: each engine's checksum of what it holds, and seconds spent."""
+        ...
+
+
 class Rollout(Protocol):
     def contract(self) -> dict[str, str]:
         """{tensor: quantiser} of what the engines expect to be given."""
         ...
 
-    def load(self, shards: Any, version: int) -> tuple[list[str], dict[str, float]]:
-        """Serve these weights from now on; returns each engine's checksum of what it holds, and seconds spent."""
+    def load(self, shards: Any, version: int) -> Loading:
+        """Serve these weights from now on; what is sampled after this call is sampled by them."""
         ...
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> Pending:

@@ -57,7 +57,7 @@ class EmbeddedEngine:
     """One engine: weights in served form, a slot cache, and a sampler. Runs in an actor or in this process."""
 
     def __init__(self, exp: Experiment, slots: int, threads: int, device: str, index: int = 0):
-        from lpexp.model.decoder import Cache, Decoder, pick_device, settle, span_of
+        from lpexp.model.decoder import Cache, Decoder, pick_device, settle
         from lpexp.model.tokenizer import load_tokenizer
 
         settle(threads)
@@ -65,8 +65,7 @@ class EmbeddedEngine:
         self.model = exp.model.sized()
         self.stop_id = load_tokenizer(self.model).stop_id
         self.decoder = Decoder(self.model, self.device)
-        self.span = span_of(exp.task.max_prompt + exp.task.max_response)
-        self.cache = Cache(self.model, slots, self.span, self.device)
+        self.cache = Cache(self.model, slots, exp.task.max_prompt + exp.task.max_response, self.device)
         self.weights: Any = None
         self.version = -1
 
@@ -110,8 +109,14 @@ class Generation:
     """One call of `sample`: the samples that wait, the live ones, and those that are done."""
 
     def __init__(self, engine: EmbeddedEngine, prompts: Sequence[Prompt], sampling: Sampling, step: int):
-        self.engine, self.prompts, self.sampling, self.step = engine, prompts, sampling, step
+        from lpexp.rollout.sampling import uniforms
+
+        self.engine, self.prompts, self.sampling = engine, prompts, sampling
         self.longest = engine.exp.task.max_response
+        p, g, place = np.indices((len(prompts), sampling.samples, self.longest)).reshape(3, -1)
+        ids = np.array([prompt.id for prompt in prompts])[p]
+        u = uniforms(engine.exp.seed, step, ids, g, place)  # of every token that may be drawn
+        self.uniforms_PGT = u.reshape(len(prompts), sampling.samples, self.longest)
         self.waiting = [(p, g) for p in range(len(prompts)) for g in range(sampling.samples)][::-1]
         self.prefilled: dict[int, Prefilled] = {}
         self.live: list[Live] = []
@@ -138,12 +143,11 @@ class Generation:
         import torch
 
         from lpexp.model.decoder import token_logprobs
-        from lpexp.rollout.sampling import draw, uniforms
+        from lpexp.rollout.sampling import draw
 
         how, live = self.sampling, self.live
-        ids = np.array([self.prompts[one.p].id for one in live])
-        places = np.array([len(one.tokens) for one in live])
-        u = uniforms(self.engine.exp.seed, self.step, ids, np.array([one.g for one in live]), places)
+        p, g, place = np.array([(one.p, one.g, len(one.tokens)) for one in live]).T
+        u = self.uniforms_PGT[p, g, place]
         drawn = draw(logits, torch.from_numpy(u).to(logits.device), how.temperature, how.top_p, how.top_k)
         logprobs = token_logprobs(logits, drawn, how.temperature)
         for one, token, logprob in zip(live, drawn.tolist(), logprobs.tolist(), strict=True):
@@ -197,9 +201,7 @@ class Generation:
         self._prefill([p for p in dict.fromkeys(p for p, _ in taken) if p not in self.prefilled])
         begin, made = len(self.live), [self.prefilled[p] for p, _ in taken]
         for layer in range(self.engine.model.num_hidden_layers):
-            for kept, which in ((cache.k, 0), (cache.v, 1)):
-                rows = torch.stack([one.layers[layer][which] for one in made])  # [B, heads, Tp, D]
-                kept[layer][begin : begin + len(taken), :, : rows.shape[2]] = rows
+            cache.put(layer, begin, *(torch.stack([one.layers[layer][which] for one in made]) for which in (0, 1)))
         for (p, g), one in zip(taken, made, strict=True):
             self.live.append(Live(p, g, len(self.prompts[p].tokens), routes=list(one.routes)))
         needed = self.waiting[-1][0] if self.waiting else None  # samples are admitted prompt by prompt
@@ -220,7 +222,7 @@ class Generation:
         keep: list[tuple[Tensor, Tensor]] = []
         routes: list[Tensor] | None = [] if engine.model.moe else None
         tokens_PT = torch.from_numpy(tokens).to(engine.device)
-        hidden = engine.decoder.hidden(engine.weights, tokens_PT, engine.span, keep, routes)
+        hidden = engine.decoder.hidden(engine.weights, tokens_PT, keep, routes)
         last = hidden[torch.arange(len(fresh)), torch.tensor(lengths) - 1]
         logits = engine.decoder.head(engine.weights, last)
         chosen = torch.stack(routes, 2).cpu().numpy().astype(np.int16) if routes else None  # [P, T, layers, K]
@@ -243,7 +245,7 @@ class Generation:
 class Prefilled(NamedTuple):
     """A prompt, computed."""
 
-    layers: list[tuple[Tensor, Tensor]]  # k, v [heads, T, D]
+    layers: list[tuple[Tensor, Tensor]]  # k, v [T, heads, D]
     logits: Tensor  # [V], after its last token
     routes: list[np.ndarray]
 
@@ -278,12 +280,9 @@ class EmbeddedRollout:
                 raise RunError(f"engines disagree on their contract: {digest(contracts[0])} and {digest(other)}")
         return contracts[0]
 
-    def load(self, shards: Any, version: int) -> tuple[list[str], dict[str, float]]:
+    def load(self, shards: Any, version: int) -> EmbeddedLoading:
         self.shards, self.version = shards, version
-        call = ("load", shards, version)
-        futures = [(engine, engine.call(*call)) for engine in self.engines]
-        held = [self.owed(index, engine, future, call) for index, (engine, future) in enumerate(futures)]
-        return [checksum for checksum, _ in held], {"load": max(seconds for _, seconds in held)}
+        return EmbeddedLoading(self, ("load", shards, version))
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> EmbeddedPending:
         return EmbeddedPending(self, prompts, sampling, step)
@@ -314,6 +313,18 @@ class EmbeddedRollout:
     def close(self) -> None:
         for engine in self.engines:
             engine.stop()
+
+
+class EmbeddedLoading:
+    """Engines taking new weights; what they are asked next, they do with these."""
+
+    def __init__(self, rollout: EmbeddedRollout, call: tuple[Any, ...]):
+        self.rollout, self.call = rollout, call
+        self.futures = [(engine, engine.call(*call)) for engine in rollout.engines]
+
+    def result(self) -> tuple[list[str], dict[str, float]]:
+        held = [self.rollout.owed(i, engine, future, self.call) for i, (engine, future) in enumerate(self.futures)]
+        return [checksum for checksum, _ in held], {"load": max(seconds for _, seconds in held)}
 
 
 class EmbeddedPending:

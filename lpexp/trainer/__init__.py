@@ -16,6 +16,14 @@ if TYPE_CHECKING:
     from lpexp.rollout import Rollout
 
 
+class Publishing(Protocol):
+    """A weight update under way: the rollout may be asked for samples of it already."""
+
+    def result(self) -> SyncReport:
+        """Wait until every engine holds the weights; RunError where one holds others."""
+        ...
+
+
 class Trainer(Protocol):
     """Holds the weights. Version v is the weights after v optimiser batches; version 0 is where the run starts."""
 
@@ -29,7 +37,7 @@ class Trainer(Protocol):
 
     def step(self, batch: Batch) -> LearnReport: ...
 
-    def publish(self, rollout: Rollout, version: int) -> SyncReport:
+    def publish(self, rollout: Rollout, version: int) -> Publishing:
         """Quantise the weights of `version` (the newest, or with lag the one before) and give them to the rollout."""
         ...
 

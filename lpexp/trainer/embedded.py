@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lpexp.cluster import Handle, Workers
+    from lpexp.cluster import Future, Handle, Workers
     from lpexp.experiment import Experiment
     from lpexp.model.decoder import TrainWeights
     from lpexp.precision import Parts, Precision
-    from lpexp.rollout import Rollout
+    from lpexp.rollout import Loading, Rollout
 
 MOST_PARAMS_CPU, MOST_PARAMS_GPU = 1_000_000_000, 8_000_000_000  # 16 bytes each: what a laptop, and one large GPU, hold
 WEIGHTS, PREVIOUS, REFERENCE = "weights.safetensors", "previous.safetensors", "reference.safetensors"
@@ -114,7 +114,7 @@ class EmbeddedRank:
 
         import torch
 
-        from lpexp.model.decoder import Decoder, pick_device, settle, span_of
+        from lpexp.model.decoder import Decoder, pick_device, settle
 
         settle(exp.cluster.threads)
         self.exp, self.spec, self.rank, self.ranks = exp, spec, rank, ranks
@@ -123,7 +123,6 @@ class EmbeddedRank:
         self.params = list(self.model.params())
         self.trained = [p for p in self.params if p.kind != "router_bias"]
         self.decoder = Decoder(self.model, self.device)
-        self.span = span_of(exp.task.max_prompt + exp.task.max_response)
         self.version = 0
         self.previous: dict[str, Tensor] | None = None  # the 16-bit weights one version back, kept when lag > 0
         self.reference: TrainWeights | None = None
@@ -384,7 +383,7 @@ class EmbeddedRank:
 
         view = Shared(part)
         prompts, answers, owner, lengths, before, tokens = (torch.from_numpy(a).to(self.device) for a in view.arrays)
-        hidden = self.decoder.continued(weights, prompts, answers, owner, lengths, self.span)
+        hidden = self.decoder.continued(weights, prompts, answers, owner, lengths)
         logits = self.decoder.head(weights, hidden[before])  # of the token before each response token
         temperature = self.exp.rollout.temperature
         return token_logprobs(logits, tokens, temperature), token_entropy(logits.detach(), temperature)
@@ -564,9 +563,12 @@ class EmbeddedTrainer:
             for r in range(count)
         ]
         self.version = 0
+        self._coming: EmbeddedPublishing | None = None
 
     def _all(self, method: str, *args: Any) -> list[Any]:
-        futures = [rank.call(method, *args) for rank in self.ranks]
+        return self._answers(method, [rank.call(method, *args) for rank in self.ranks])
+
+    def _answers(self, method: str, futures: Sequence[Future]) -> list[Any]:
         for rank, future in zip(self.ranks, futures, strict=True):
             if future.died():
                 raise RunError(
@@ -587,7 +589,10 @@ class EmbeddedTrainer:
 
     def step(self, batch: Batch) -> LearnReport:
         begin = time.perf_counter()
-        answers = self._all("step", batch)
+        futures = [rank.call("step", batch) for rank in self.ranks]
+        if self.exp.cluster.kind != "inline":  # queued behind the step, so that no rank waits for the driver
+            self._coming = EmbeddedPublishing(self, self.version + 1)
+        answers = self._answers("step", futures)
         arrays: dict[str, np.ndarray] = {}
         for answer in answers:
             for start, stop, found in answer["found"]:
@@ -615,22 +620,11 @@ class EmbeddedTrainer:
         self.version += 1
         return report
 
-    def publish(self, rollout: Rollout, version: int) -> SyncReport:
-        begin = time.perf_counter()
-        shards, sent = self.workers.share(self.ranks[0], "served", version)
-        last = len(self.ranks) - 1  # it measures, while the first one ships
-        others = [r.call("prepare", version, i == last) for i, r in enumerate(self.ranks) if i or not last]
-        held, seconds = rollout.load(shards, version)
-        report, quant = sent.result(), [other.result() for other in others][-1]
-        whole = time.perf_counter() - begin
-        spent = report.seconds | seconds
-        wrong = [index for index, checksum in enumerate(held) if checksum != report.checksum_sent]
-        if wrong:
-            raise RunError(
-                f"weights of version {version}: engine {wrong[0]} holds {held[wrong[0]]}, not {report.checksum_sent}"
-            )
-        spent["transfer"] = max(whole - sum(spent.values()), 0.0)
-        return dataclasses.replace(report, seconds=spent | {"sync": whole}, checksums_held=tuple(held), quant=quant)
+    def publish(self, rollout: Rollout, version: int) -> EmbeddedPublishing:
+        coming, self._coming = self._coming, None
+        if coming is None or coming.version != version:
+            coming = EmbeddedPublishing(self, version)
+        return coming.into(rollout)
 
     def save(self, directory: Path) -> None:
         self.ranks[0].call("save", str(directory)).result()
@@ -638,3 +632,35 @@ class EmbeddedTrainer:
     def close(self) -> None:
         for rank in self.ranks:
             rank.stop()
+
+
+class EmbeddedPublishing:
+    """One version's way to the engines: the first rank ships, the last one measures, the engines load."""
+
+    def __init__(self, trainer: EmbeddedTrainer, version: int):
+        self.version, ranks = version, trainer.ranks
+        self.begin = time.perf_counter()
+        self.shards, self.sent = trainer.workers.share(ranks[0], "served", version)
+        last = len(ranks) - 1
+        self.others = [r.call("prepare", version, i == last) for i, r in enumerate(ranks) if i or not last]
+        self.loading: Loading | None = None
+
+    def into(self, rollout: Rollout) -> EmbeddedPublishing:
+        """Hand it to the engines; the time since then is what the update costs the loop."""
+        self.begin, self.loading = time.perf_counter(), rollout.load(self.shards, self.version)
+        return self
+
+    def result(self) -> SyncReport:
+        assert self.loading is not None
+        held, seconds = self.loading.result()
+        report, quant = self.sent.result(), [other.result() for other in self.others][-1]
+        whole = time.perf_counter() - self.begin
+        wrong = [index for index, checksum in enumerate(held) if checksum != report.checksum_sent]
+        if wrong:
+            raise RunError(
+                f"weights of version {self.version}: engine {wrong[0]} holds {held[wrong[0]]}, "
+                f"not {report.checksum_sent}"
+            )
+        spent = report.seconds | seconds
+        spent["transfer"] = max(whole - sum(spent.values()), 0.0)
+        return dataclasses.replace(report, seconds=spent | {"sync": whole}, checksums_held=tuple(held), quant=quant)

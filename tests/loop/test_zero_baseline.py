@@ -82,16 +82,20 @@ def test_decoding_without_row_padding_shows(inline, monkeypatch):
 
 
 def test_attention_in_float32_shows(inline, monkeypatch):
-    from lpexp.model import decoder
+    from lpexp.model import ops
 
-    def plain(q, k, v, allowed, scale):
-        repeat = q.shape[1] // k.shape[1]
-        mask = allowed[None, None] if allowed.dim() == 2 else allowed[:, None]
-        k, v = k.float().repeat_interleave(repeat, 1), v.float().repeat_interleave(repeat, 1)
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    def float32(q, keys_RS, allowed_RS, k, v, scale):
+        k, v = (x[keys_RS].transpose(1, 2).repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        mask = allowed_RS[:, None, None]
+        return torch.nn.functional.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=mask, scale=scale)[
+            :, :, 0
+        ]
 
-    monkeypatch.setattr(decoder, "attention", plain)
-    assert max(inline("precision=fp32", "steps=3", *fast("qwen3_tiny")).steps(MAX)) > 0
+    steps = ("precision=fp32", "steps=3", *fast("qwen3_tiny"))
+    monkeypatch.setattr(ops, "attention", ops.plain_attention)
+    assert inline(*steps).steps(MAX) == [0.0] * 3  # the plain definition is in float64
+    monkeypatch.setattr(ops, "_attend_rows", float32)
+    assert max(inline(*steps, name="float32").steps(MAX)) > 0
 
 
 def test_lag_keeps_staleness_apart_from_the_mismatch(inline):

@@ -120,7 +120,7 @@ def test_in_place_rounding_equals_the_cast_of_torch_on_every_kind_of_value():
     x = torch.cat([patterns.to(torch.int32), near]).view(torch.float32)
     x = torch.cat([x, -x])
     assert len(x) > 600_000
-    assert torch.equal(numeric.round_e4m3_(x.clone()), x.to(E4M3).float())
+    assert torch.equal(numeric.round_e4m3(x), x.to(E4M3).float())
 
 
 def test_decoding_by_table_equals_the_cast_of_torch():

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from lpexp import kernels
 from lpexp.precision import numeric
 from lpexp.precision.fp8 import Fp8
 from lpexp.precision.int4 import Int4Qat
@@ -42,7 +44,6 @@ def test_identities_in_the_manifest_are_those_of_the_precisions():
 # One entry a rule that has been got wrong elsewhere: what the source says, what a mistake would say, who must notice.
 FP8_MUTATIONS = {
     "multiplies by the reciprocal": ("tiles / scale[:, None, :, None]", "tiles * (1 / scale[:, None, :, None])"),
-    "multiplies rows by the reciprocal": ("torch.div(x, scale, out=codes)", "torch.mul(x, 1 / scale, out=codes)"),
     "has a floor of 1e-12": ("FLOOR = 1e-10", "FLOOR = 1e-12"),
     "takes the power of two by a floating logarithm": (
         "((bits + 0x7FFFFF) & ~0x7FFFFF).view(torch.float32)",
@@ -53,6 +54,11 @@ FP8_MUTATIONS = {
         "padded = pad_to(w, BLOCK, BLOCK)",
         "w[-1] = 0; padded = pad_to(w, BLOCK, BLOCK)",
     ),
+}
+KERNEL_MUTATIONS = {  # of the quantiser of activations and gradients on a CPU
+    "multiplies by the reciprocal": ("y = x / scale", "y = x * (np.float32(1.0) / scale)"),
+    "takes the power of two below": ("bits + np.int32(0x7FFFFF)", "bits + np.int32(0)"),
+    "rounds away one bit more": ("np.float32(1.5 * 2**20)", "np.float32(1.5 * 2**21)"),
 }
 INT4_MUTATIONS = {
     "multiplies by the reciprocal": (
@@ -75,18 +81,25 @@ INT4_MUTATIONS = {
 }
 
 
-def mutated(old: str, new: str) -> types.ModuleType:
-    """lpexp.precision.numeric with one piece of its source replaced."""
-    source = Path(numeric.__file__).read_text()
+def mutated(old: str, new: str, of: types.ModuleType = numeric) -> Any:
+    """A module of ours with one piece of its source replaced."""
+    source = Path(str(of.__file__)).read_text()
     assert source.count(old) == 1, f"the mutation no longer fits the source: {old!r}"
     module = types.ModuleType("mutated")
-    exec(compile(source.replace(old, new), "mutated", "exec"), vars(module))
+    source = source.replace(old, new).replace("cache=True", "cache=False")
+    exec(compile(source, "mutated", "exec"), vars(module))
     return module
 
 
 @pytest.mark.parametrize("mistake", FP8_MUTATIONS)
 def test_golden_vectors_notice_an_eight_bit_quantiser_that(mistake: str):
     assert vectors.differing_fp8(mutated(*FP8_MUTATIONS[mistake])) != []
+
+
+@pytest.mark.parametrize("mistake", KERNEL_MUTATIONS)
+def test_golden_vectors_notice_a_kernel_that(mistake: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(numeric, "kernels", mutated(*KERNEL_MUTATIONS[mistake], of=kernels))
+    assert vectors.differing_fp8(numeric) != []
 
 
 @pytest.mark.parametrize("mistake", INT4_MUTATIONS)

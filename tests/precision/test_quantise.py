@@ -91,14 +91,20 @@ def test_memory_layout_and_type_of_the_weight_do_not_change_a_byte(precision):
             assert torch.equal(found[key].view(torch.uint8), expected[key].view(torch.uint8)), key
 
 
-def test_quantising_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch):
-    x = random_weight(300, 512, kind="mixture")
-    x[250, 500] = float("inf")
-    expected = [f(x, numeric.FLOOR, True) for f in (numeric.quantize_rows, numeric.quantize_columns)]
-    monkeypatch.setattr(numeric, "CHUNK", 1000)
-    found = [f(x, numeric.FLOOR, True) for f in (numeric.quantize_rows, numeric.quantize_columns)]
-    for pair, same in zip(expected, found, strict=True):
-        assert all(np.array_equal(a.numpy(), b.numpy(), equal_nan=True) for a, b in zip(pair, same, strict=True))
+@pytest.mark.parametrize("floor", [numeric.FLOOR, numeric.FLOOR_GRAD])
+@pytest.mark.parametrize("pow2", [False, True])
+def test_the_kernels_write_the_codes_and_scales_of_the_plain_definition(pow2: bool, floor: float):
+    """Which GPUs run: blocks of every size of value, zeros, -0, infinities and NaN."""
+    x = random_weight(300, 512, kind="mixture") * torch.exp2(torch.arange(-150, 150).float())[:, None]
+    x[17], x[18, ::2], x[250, 500], x[251, 3] = 0.0, -0.0, float("inf"), float("nan")
+    for dim, kernel in ((2, numeric.quantize_rows), (1, numeric.quantize_columns)):
+        blocks = x.view(300, 4, 128) if dim == 2 else numeric.pad_to(x, 128, 1).view(-1, 128, 512)
+        for found, expected in zip(
+            kernel(x, floor, pow2), numeric.quantize_e4m3(blocks, dim, floor, pow2), strict=True
+        ):
+            same = found.reshape(-1), expected.reshape(-1)
+            assert np.array_equal(*(t.numpy() for t in same), equal_nan=True)
+            assert torch.equal(*(torch.signbit(t[~t.isnan()]) for t in same))
 
 
 def test_the_16_bit_weight_is_quantised_and_not_the_master():
