@@ -17,7 +17,6 @@ from numba import boolean, float32, float64, int64, void
 
 f1, f2, f3, f4 = float32[::1], float32[:, ::1], float32[:, :, ::1], float32[:, :, :, ::1]
 i1, i2 = int64[::1], int64[:, ::1]
-BLOCK = 128  # values under one scale
 
 
 def compiled(*arguments: Any) -> Any:
@@ -88,6 +87,14 @@ def _dot(a: Any, b: Any) -> Any:
     total = np.float32(0.0)
     for i in range(a.size):
         total += a[i] * b[i]
+    return total
+
+
+@numba.njit(fastmath={"reassoc"})
+def _dot2(a: Any, b: Any) -> Any:
+    total = np.float32(0.0)
+    for i in range(a.shape[1]):
+        total += a[0, i] * b[0, i] + a[1, i] * b[1, i]
     return total
 
 
@@ -224,7 +231,7 @@ def heads(
                     v[r, h, t, i] = y[r, num_q + num_k + h, t, i]
 
 
-@numba.njit
+@numba.njit(inline="always")
 def _turn_back(
     grad: Any, o: Any, y: Any, r: Any, h: Any, w: Any, f: Any, normed: Any, cos: Any, sin: Any, p: Any, half: Any,
     g: Any, n: Any, dy: Any, total: Any,
@@ -238,24 +245,24 @@ def _turn_back(
         g[0, i] = n[0, i] * cos[p, 0, i] + n[1, i] * sin[p, 1, i]
     for i in range(low):
         g[1, i] = n[1, i] * cos[p, 1, i] - n[0, i] * sin[p, 0, i]
-    if not normed:
+    if normed:
+        for t in range(2):
+            for i in range(low):
+                n[t, i] = y[r, h, t, i] * f
+            for i in range(low):
+                g[t, i] = _bf16(g[t, i]) if half else g[t, i]
+            for i in range(low):
+                total[t, i] += g[t, i] * n[t, i]
+            for i in range(low):
+                g[t, i] *= w[t, i]
+        mean = _dot2(g, n) / np.float32(2 * low)
+        for t in range(2):
+            for i in range(low):
+                dy[r, h, t, i] = f * (g[t, i] - n[t, i] * mean)
+    else:
         for t in range(2):
             for i in range(low):
                 dy[r, h, t, i] = g[t, i]
-        return
-    for t in range(2):
-        for i in range(low):
-            n[t, i] = y[r, h, t, i] * f
-        for i in range(low):
-            g[t, i] = _bf16(g[t, i]) if half else g[t, i]
-        for i in range(low):
-            total[t, i] += g[t, i] * n[t, i]
-        for i in range(low):
-            g[t, i] *= w[t, i]
-    mean = (_dot(g[0], n[0]) + _dot(g[1], n[1])) / np.float32(2 * low)
-    for t in range(2):
-        for i in range(low):
-            dy[r, h, t, i] = f * (g[t, i] - n[t, i] * mean)
 
 
 @compiled(f4, f4, f4, f4, f2, f2, boolean, f3, f3, i1, boolean, f2, f4, f2, f2)
@@ -388,68 +395,3 @@ def attend_back(
                     dq[r, h, d] += slope * k[m, g, d]
                 for d in range(dim):
                     dk[m, g, d] += slope * q[r, h, d]
-
-
-# -- 8-bit codes -------------------------------------------------------------------------------------------------------
-@numba.njit(inline="always")
-def _scale(top: Any, floor: Any, pow2: Any) -> Any:
-    """max(amax, floor) / 448 of an amax given by its bits; the least power of two not below it; 1 for a bad block."""
-    if top >= np.int32(0x7F800000):
-        return np.float32(1.0)
-    amax = np.int32(top).view(np.float32)
-    scale = (floor if amax < floor else amax) / np.float32(448.0)
-    if pow2:
-        bits = np.float32(scale).view(np.int32)
-        scale = np.int32((bits + np.int32(0x7FFFFF)) & np.int32(~0x7FFFFF)).view(np.float32)
-    return scale
-
-
-@numba.njit(inline="always")
-def _code(x: Any, scale: Any) -> Any:
-    """RN8(clamp(x / s, +-448)): adding 1.5 * 2^20 times the value's power of two drops all bits but e4m3's."""
-    y = x / scale
-    y = np.float32(448.0) if y > np.float32(448.0) else y
-    y = np.float32(-448.0) if y < np.float32(-448.0) else y
-    magic = np.int32(np.float32(y).view(np.int32) & np.int32(0x7F800000)).view(np.float32)
-    magic = np.float32(2.0**-6) if magic < np.float32(2.0**-6) else magic
-    magic = magic * np.float32(1.5 * 2**20)
-    return (y + magic) - magic
-
-
-@compiled(f3, float32, boolean, f3, f2)
-def quantize_runs(x: Any, floor: Any, pow2: Any, codes: Any, scales: Any) -> None:
-    """Blocks along a row: x and codes [M, B, 128], scales [M, B]; a block with a NaN or an infinity is all NaN."""
-    rows, blocks, size = x.shape
-    for r in range(rows):
-        for b in range(blocks):
-            top = np.int32(0)
-            for i in range(size):
-                top = max(top, np.float32(x[r, b, i]).view(np.int32) & np.int32(0x7FFFFFFF))
-            scale = _scale(top, floor, pow2)
-            scales[r, b] = scale
-            if top >= np.int32(0x7F800000):
-                codes[r, b, :] = np.float32(np.nan)
-            else:
-                for i in range(size):
-                    codes[r, b, i] = _code(x[r, b, i], scale)
-
-
-@compiled(f2, float32, boolean, f2, f2)
-def quantize_columns(x: Any, floor: Any, pow2: Any, codes: Any, scales: Any) -> None:
-    """Blocks of 128 down a column: codes [B * 128, K] with zero rows at the end, scales [B, K]."""
-    rows, cols = x.shape
-    tops = np.empty(cols, np.int32)
-    for b in range(scales.shape[0]):
-        start, stop = b * BLOCK, min((b + 1) * BLOCK, rows)
-        tops[:] = 0
-        for r in range(start, stop):
-            for i in range(cols):
-                tops[i] = max(tops[i], np.float32(x[r, i]).view(np.int32) & np.int32(0x7FFFFFFF))
-        for i in range(cols):
-            scales[b, i] = _scale(tops[i], floor, pow2)
-        for r in range(start, start + BLOCK):
-            for i in range(cols):
-                if tops[i] >= np.int32(0x7F800000):
-                    codes[r, i] = np.float32(np.nan)
-                else:
-                    codes[r, i] = _code(x[r, i], scales[b, i]) if r < stop else np.float32(0.0)

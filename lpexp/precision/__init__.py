@@ -181,7 +181,7 @@ def _formats() -> list[type[Precision]]:
     """Every class beside this file that reads a served checkpoint."""
     found = []
     for module in pkgutil.iter_modules(__path__):
-        if module.name not in ("numeric", "wire"):  # no formats, and they import torch
+        if module.name not in ("numeric", "wire", "e4m3"):  # no formats, and they import torch
             members = vars(importlib.import_module(f"{__name__}.{module.name}")).values()
             found += [m for m in members if isinstance(m, type) and issubclass(m, Precision) and m.reads]
     return sorted(set(found), key=lambda kind: kind.reads)

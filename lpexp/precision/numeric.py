@@ -8,6 +8,7 @@ Source: docs/numerics.md; formats are OCP OFP8 (e4m3, no infinity) and compresse
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.nn.functional import pad
 
 from lpexp import kernels
 from lpexp.errors import NonFiniteWeightError, RunError
+from lpexp.precision import e4m3
 
 PAD_ROWS = 16  # a product of a multiple of 16 rows has the same bits in every row, however many rows there are
 BLOCK = 128
@@ -146,6 +148,8 @@ def accumulate(x: Tensor, weight: Tensor, w: Tensor, half: bool) -> Tensor:
 # -- checks --------------------------------------------------------------------------------------------------------
 def check_finite(weight: Tensor, name: str) -> None:
     """Raise NonFiniteWeightError with the first bad index, its value and the number of bad values."""
+    if math.isfinite(float(weight.sum(dtype=torch.float64))):
+        return  # the quick way for nearly every weight
     bad = ~torch.isfinite(weight)
     if bool(bad.any()):
         index = tuple(int(i) for i in bad.nonzero()[0])
@@ -207,7 +211,7 @@ def quantize_rows(x: Tensor, floor: float, pow2: bool) -> tuple[Tensor, Tensor]:
         codes, scale = quantize_e4m3(blocks, 2, floor, pow2)
     else:
         codes, scale = torch.empty_like(blocks), blocks.new_empty(blocks.shape[:2])
-        kernels.quantize_runs(blocks.detach().numpy(), floor, pow2, codes.numpy(), scale.numpy())
+        e4m3.quantize_runs(blocks.detach().numpy(), floor, pow2, codes.numpy(), scale.numpy())
     return codes.flatten(1)[:, :cols], scale.view(rows, -(-cols // BLOCK))
 
 
@@ -219,7 +223,7 @@ def quantize_columns(x: Tensor, floor: float, pow2: bool) -> tuple[Tensor, Tenso
         return codes, scale.squeeze(1)
     blocks = -(-x.shape[0] // BLOCK)
     codes, scale = x.new_empty(blocks * BLOCK, x.shape[1]), x.new_empty(blocks, x.shape[1])
-    kernels.quantize_columns(x.detach().contiguous().numpy(), floor, pow2, codes.numpy(), scale.numpy())
+    e4m3.quantize_columns(x.detach().contiguous().numpy(), floor, pow2, codes.numpy(), scale.numpy())
     return codes.view(blocks, BLOCK, x.shape[1]), scale
 
 
