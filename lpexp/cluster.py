@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol
 from pydantic import Field
 
 from lpexp.config import Spec
-from lpexp.errors import ConfigError, RunError
+from lpexp.errors import ConfigError, RunError, Stopped
 
 
 class Cluster(Spec):
@@ -147,10 +147,14 @@ class _RayFuture:
         import ray
 
         if self._settled is None:
-            while not ray.wait([self._ref], timeout=0.5)[0]:
-                pass  # short waits, so that a signal is handled between them
             try:
+                while not ray.wait([self._ref], timeout=0.5)[0]:
+                    pass  # short waits, so that a signal is handled between them
                 self._settled = _Done(pickle.loads(ray.get(self._ref)))  # from our own worker, over loopback
+            except SystemError as error:  # a stop that was raised while Ray was about to return
+                if isinstance(error.__cause__, Stopped):
+                    raise error.__cause__ from None
+                raise
             except Exception as error:
                 self._settled = _Done(None, error)
             self._ref = None

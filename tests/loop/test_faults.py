@@ -168,6 +168,8 @@ def test_sigterm_stops_after_the_step_in_hand_and_resumes_to_the_same_bytes(undi
 def test_a_step_that_outlasts_the_grace_is_dropped_and_replays_bitwise(undisturbed, tmp_path, lag):
     live = Live(tmp_path / "run", *RUN, f"lag={lag}", "stop_grace_s=0")
     live.until(3)
+    os.kill(live.pid("trainer-1"), signal.SIGSTOP)  # the step in hand, or the next one, cannot end
+    time.sleep(1)
     live.process.send_signal(signal.SIGINT)
     assert live.end() == 130
     assert "was dropped" in live.said
