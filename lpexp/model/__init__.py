@@ -222,7 +222,6 @@ def _laptop(model: Model) -> Model:
         "num_key_value_heads": 4 if model.mla else 2,
         "head_dim": 64,
         "max_position_embeddings": min(model.max_position_embeddings, 4096),
-        "initializer_range": 0.05,
         "parallel": Parallel(gpus_per_node=1),
         "path": None,
     }
