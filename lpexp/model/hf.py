@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lpexp.data import Param
 from lpexp.disk import sync, sync_tree, write_json
@@ -563,3 +563,50 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"{path} is not a JSON object")
     return data
+
+
+# -- headers: what a directory holds, without torch --------------------------------------------------------------------
+
+
+class Header(NamedTuple):
+    """One stored tensor as its file's header describes it."""
+
+    dtype: str  # in the words of safetensors: "BF16", "F32", "I32"
+    shape: tuple[int, ...]
+    file: Path
+    start: int  # its bytes in the file
+    stop: int
+
+
+def headers(directory: str | Path) -> dict[str, Header]:
+    """{stored name: header} of every tensor; ConfigError names a file that is missing, cut or no safetensors."""
+    directory, found = Path(directory), {}
+    for file, names in _Tensors(directory)._names().items():
+        path = directory / file
+        try:
+            held = _read_header(path)
+        except FileNotFoundError:
+            raise ConfigError(f"{path} is missing, {INDEX} says that it holds {_some(names)}") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path} is not a complete safetensors file ({error}); copy it again") from None
+        if absent := set(names) - set(held):
+            raise ConfigError(f"{path} does not hold {_some(absent)}, {INDEX} says that it does")
+        found |= held
+    return found
+
+
+def _read_header(path: Path) -> dict[str, Header]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")  # then so many bytes of JSON, then the tensors
+        if 8 + length > size:
+            raise ValueError(f"{size} bytes, its header says {8 + length} or more")
+        told = json.loads(file.read(length))
+    begin, held = 8 + length, {}
+    for name, entry in told.items():
+        if name != "__metadata__":
+            start, stop = entry["data_offsets"]
+            held[name] = Header(entry["dtype"], tuple(entry["shape"]), path, begin + start, begin + stop)
+    if (ends := max((one.stop for one in held.values()), default=begin)) != size:
+        raise ValueError(f"{size} bytes, its header says {ends}")
+    return held
