@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from lpexp import journal
-from lpexp.config import load
+from lpexp.config import load, resolve
 from lpexp.data import Group, Metrics, Prompt
-from lpexp.errors import ConfigError, Mistake, RunError
+from lpexp.errors import ConfigError, Mistake
 from lpexp.experiment import Experiment
 from lpexp.export import WORDS, Saved, chosen, judge, saved, weights
 from lpexp.groups import compose
@@ -70,12 +70,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     if args.temperature <= 0:
         raise ConfigError(f"--temperature: {args.temperature:g} is not above 0; greedy answers are measured anyway")
-    if args.json and not args.json.parent.is_dir():
-        raise ConfigError(f"--json: {args.json.parent} is no directory; make it first")
+    if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
+        raise ConfigError(
+            f"--json: {args.json} cannot be a file: {args.json.parent} is no directory, or it is one itself"
+        )
     columns = chosen("precision", args.precisions, Precision, "--precisions")
     rows = [opened(source) for source in dict.fromkeys(args.sources)]
     task = _task(rows, args.task)
-    columns = columns or _own(rows)
+    columns = list(dict(columns or _own(rows)).items())
     cells = [cell for row in rows for cell in _cells(row, columns)]  # every refusal comes before the first answer
     experiments = {row.name: _experiment(row, task, args) for row in rows}
     found: list[dict[str, Any]] = []
@@ -137,7 +139,7 @@ def _task(rows: Sequence[Row], words: Sequence[str]) -> Task:
         if len(named) > 1:
             raise ConfigError(f"--task: {', '.join(name for name, _ in named)}: rows share one task; name one")
         return named[0][1]
-    tasks = {row.name: load_task(row.saved.experiment["task"]) for row in rows if row.saved}
+    tasks = {row.name: _written(row.saved.experiment["task"]) for row in rows if row.saved}
     if not tasks:
         raise ConfigError("--task: a model directory does not say what it was trained on; type --task NAME")
     (first, task), *others = tasks.items()
@@ -149,8 +151,9 @@ def _task(rows: Sequence[Row], words: Sequence[str]) -> Task:
     return task
 
 
-def load_task(data: dict[str, Any]) -> Task:
-    return Task.model_validate(data)
+def _written(data: dict[str, Any]) -> Task:
+    """The task of a run's config."""
+    return load(data, resolve(data["_target_"], Task))  # type: ignore[return-value]
 
 
 def _own(rows: Sequence[Row]) -> list[tuple[str, Precision]]:
@@ -192,8 +195,7 @@ def _experiment(row: Row, task: Task, args: argparse.Namespace) -> Experiment:
     from omegaconf import OmegaConf
 
     base: Any = OmegaConf.to_container(compose(["cluster=inline", "precision=bf16"]), resolve=True)
-    path = row.model.path if row.saved else row.name
-    base |= {"seed": args.seed, "task": task.dump(), "model": row.model.model_copy(update={"path": path}).dump()}
+    base |= {"seed": args.seed, "task": task.dump(), "model": row.model.dump()}
     base["eval"] |= {"prompts": args.prompts, "samples": args.samples}
     base["task"]["prompts_per_step"] = 2  # of training, which this is not
     try:
