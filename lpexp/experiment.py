@@ -202,7 +202,10 @@ class Experiment(Spec):
         if model.path is None:
             start = "at random" if self.task.warmup is None else "from its warm-up"
             message = f"the trainer starts {start} (model.path is null), so {given} would sample with other weights"
-            yield Mistake(key, f"{message}; type model.path=DIR, the 16-bit directory that it was made from, {null}")
+            way = "type model.path=DIR, the 16-bit directory that it was made from"
+            if self.model.scale == "laptop":
+                way = "type scale=full: no directory holds the small twin"
+            yield Mistake(key, f"{message}; {way}, {null}")
         if not same_start:
             message = f"{given} is no copy of {model.path}: {EMBEDDING} differs, so it would sample with other weights"
             yield Mistake(key, f"{message}; type model.path=DIR, the 16-bit directory that it was made from, {null}")
