@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 S = TypeVar("S", bound=Spec)
+Named = tuple[str, "Tensor"]
 WORDS = "NAME [KEY=VALUE ...]: a card of conf/precision/ and what is changed in it, e.g. int4_qat group_size=32"
 
 
@@ -48,7 +49,7 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError(f"--precision: {', '.join(n for n, _ in named)}: one directory has one; name one")
     ((name, precision),) = named
     found = saved(args.source, args.step)
-    export(found, precision, args.out)
+    export(found, precision, args.out, _shown)
     print(f"{args.out} serves {args.source} at step {found.step} in {name}")
     return 0
 
@@ -109,7 +110,21 @@ def weights(found: Saved) -> Iterator[tuple[str, Tensor]]:
             yield param.name, master if param.kind == "router_bias" else found.precision.plain.round(master)
 
 
-def export(found: Saved, precision: Precision, out: Path) -> None:
+def _shown(tensors: Iterable[Named], count: int) -> Iterable[Named]:
+    """The same tensors with a bar on the terminal."""
+    from rich.console import Console
+    from rich.progress import track
+
+    out = Console(stderr=True)
+    return track(tensors, "writing", count, console=out, transient=True, disable=not out.is_terminal)
+
+
+def export(
+    found: Saved,
+    precision: Precision,
+    out: Path,
+    shown: Callable[[Iterable[Named], int], Iterable[Named]] = lambda tensors, count: tensors,
+) -> None:
     """Write the directory; it appears whole or not at all. ConfigError for what cannot be, RunError for a disk."""
     from lpexp.model import hf
     from lpexp.model.tokenizer import CharTokenizer
@@ -125,7 +140,7 @@ def export(found: Saved, precision: Precision, out: Path) -> None:
                 f"{model.path}/tokenizer.json, the tokenizer of this run (model.path), is gone; restore it"
             )
         try:
-            hf.save(out, model, weights(found), precision)
+            hf.save(out, model, shown(weights(found), len(list(model.params()))), precision)
         except (NotADirectoryError, FileExistsError, PermissionError) as error:
             raise ConfigError(f"--out: {out} cannot be made ({error.strerror}); choose another") from None
         except OSError as error:
