@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 S = TypeVar("S", bound=Spec)
 Named = tuple[str, "Tensor"]
-WORDS = "NAME [KEY=VALUE ...]: a card of conf/precision/ and what is changed in it, e.g. int4_qat group_size=32"
+WORDS = "NAME [KEY=VALUE ...]: a card of conf/precision/ and what is changed in it"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -156,7 +156,7 @@ def judge(precision: Precision, model: Model, title: str) -> None:
 
 
 def chosen(group: str, words: Sequence[str], kind: type[S], flag: str) -> list[tuple[str, S]]:
-    """Cards of conf/GROUP and what is changed in each: ["fp8", "int4_qat", "group_size=32"] names two."""
+    """Cards of conf/GROUP and what is changed in each: ["A", "B", "key=32"] names two, A as it is."""
     cards: list[tuple[list[str], Any]] = []
     for word in words:
         key, equals, value = word.partition("=")
