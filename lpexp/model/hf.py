@@ -587,7 +587,7 @@ def headers(directory: str | Path) -> dict[str, Header]:
             held = _read_header(path)
         except FileNotFoundError:
             raise ConfigError(f"{path} is missing, {INDEX} says that it holds {_some(names)}") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path} is not a complete safetensors file ({error}); copy it again") from None
         if absent := set(names) - set(held):
             raise ConfigError(f"{path} does not hold {_some(absent)}, {INDEX} says that it does")
