@@ -28,7 +28,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from lpexp.data import Param
 from lpexp.errors import ConfigError, NonFiniteWeightError, RunError
-from lpexp.model import Model, hf, shards
+from lpexp.model import hf, shards
 from lpexp.precision import Parts, Precision, Tally, expected, from_hf, side
 from lpexp.precision.targets import TARGETS, Flag, Target, read_as
 
@@ -39,7 +39,6 @@ JOB_VALUES = 1 << 25  # of one tensor, for one worker
 SLICE_VALUES = 1 << 19  # in memory at a time: they and their temporaries stay in the processor's cache
 OTHER = "name its divisor with --divisor"
 NOTES, LOCK = "progress.jsonl", "lock"
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")  # files that are not copied
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -83,7 +82,8 @@ def main(args: argparse.Namespace) -> int:
         if wish.calibration is not None:
             from lpexp.calibrate import calibrate
 
-            report = calibrate(args.source, args.out, wish.precision, wish.calibration)
+            report = calibrate(args.source, args.out, wish.calibration)
+            print("note: the first weight update of a run replaces calibrated values by rounded ones")
         else:
             report = convert(args.source, args.out, wish.precision, workers, reading=wish.reading, say=print)
     except KeyboardInterrupt:
@@ -124,8 +124,8 @@ def convert(
     """Write `source` in `precision`. One worker is this process; `reading` adds to what the source's config says."""
     source, directory = Path(source), Path(directory)
     hf.judge_new(directory)
-    model, stored = _open(source, precision, reading or {}, say)
-    params, moe = list(model.params()), model.moe is not None
+    stored = open_source(source, precision, reading, say)
+    params, moe = list(stored.model.params()), stored.moe
     for warning in precision.warnings(params, moe):
         say(f"warning: {warning}")
     made = hf.plan(params, moe, precision, shard_bytes)
@@ -133,7 +133,6 @@ def convert(
     config = hf.served_config(hf.read_config(source), params, moe, precision)
     if stored.precision is not None:
         config[hf.DECODED] = stored.precision.hf(params, moe)
-    beside = [path for path in sorted(source.iterdir()) if _travels(path)]
     directory.parent.mkdir(parents=True, exist_ok=True)
     with _workplace(work, say) as (notes, done):
         _room(work)
@@ -144,14 +143,17 @@ def convert(
         report = work.report(done)
         (work.temp / NOTES).unlink()
         (work.temp / LOCK).unlink()
-        hf.publish(work.temp, directory, made, config, beside)
+        hf.publish(work.temp, directory, made, config, hf.beside(source))
     return report
 
 
-def _open(
-    source: Path, precision: Precision, reading: dict[str, Any], say: Callable[[str], object]
-) -> tuple[Model, hf.Stored]:
-    """The source's model and tensors; ConfigError where this conversion makes no sense."""
+def open_source(
+    source: Path,
+    precision: Precision,
+    reading: dict[str, Any] | None = None,
+    say: Callable[[str], object] = lambda text: None,
+) -> hf.Stored:
+    """The source's tensors, found and checked; ConfigError where this conversion makes no sense."""
     model = hf.read_model(source)
     params, moe = list(model.params()), model.moe is not None
     held = hf.read_precision(source, model)
@@ -167,7 +169,7 @@ def _open(
     mistakes = list(precision.judge(params, moe))
     if mistakes:
         raise ConfigError(mistakes, f"{source} cannot be quantised like this:")
-    stored = hf.Stored(source, model, None if held is None else read_as(held, reading))
+    stored = hf.Stored(source, model, None if held is None else read_as(held, reading or {}))
     plain = expected(precision.plain, (1, 1))["weight"][1]
     if held is None and not quantises and {entry.dtype for entry in stored.place.values()} == {plain}:
         raise ConfigError(f"{source} is not quantised, all its tensors are {plain} already; copy it")
@@ -179,14 +181,7 @@ def _open(
                 "values; use the quantised directory itself, or convert the weights that it was calibrated from"
             )
         say(f"note: the values of {source} were decoded from {origin.format()['identity']}: quantised before")
-    return model, stored
-
-
-def _travels(path: Path) -> bool:
-    """Files that are copied as they are: the tokenizer, the chat template, the model's own code."""
-    return (
-        path.is_file() and not path.name.startswith(".") and path.name != hf.CONFIG and not path.name.endswith(WEIGHTS)
-    )
+    return stored
 
 
 # -- the work, in pieces -----------------------------------------------------------------------------------------------

@@ -39,19 +39,7 @@ CONFIG = "config.json"
 DECODED = "lpexp_decoded_from"  # in a 16-bit config.json: the quantization_config that its values were decoded from
 ROWS_BYTES = 1 << 22
 SHOWN = 8  # problems listed of one directory
-# Copied from the model's own directory, so that an exported one can be served as it is.
-BESIDE = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tiktoken.model",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "generation_config.json",
-)
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")  # endings of files that are not copied
 
 
 # -- config.json -------------------------------------------------------------------------------------------------------
@@ -257,19 +245,21 @@ def _judge_export(model: Model) -> None:
 def save(
     directory: str | Path,
     model: Model,
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Iterable[tuple[str, Tensor | Parts]],
     precision: Precision,
     shard_bytes: int = shards.SHARD_BYTES,
+    config: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a directory that serves `model` in `precision`; it appears whole or not at all.
 
-    `tensors` gives every tensor of `model.params()` once, in any order; NonFiniteWeightError names one with a NaN.
-    A shard is at most `shard_bytes`, or one tensor's parts where those are more.
+    `tensors` gives every tensor of `model.params()` once, in any order, or its parts where they are made already;
+    NonFiniteWeightError names one with a NaN. A shard is at most `shard_bytes`, or one tensor's parts where those are
+    more. `config` is the config.json to keep; without it the model's own is written.
     """
     directory = Path(directory)
     judge_new(directory)
     params, moe = list(model.params()), model.moe is not None
-    config = served_config(config_json(model), params, moe, precision)
+    config = served_config(config_json(model) if config is None else config, params, moe, precision)
     made = plan(params, moe, precision, shard_bytes)
     directory.parent.mkdir(parents=True, exist_ok=True)
     temp = directory.with_name(f".tmp-{directory.name}-{os.getpid()}")
@@ -282,14 +272,14 @@ def save(
             param = waiting.pop(name, None)
             if param is None:
                 raise RunError(f"{name} is no tensor of this model, or came twice")
-            if tuple(tensor.shape) != param.shape:
+            if not isinstance(tensor, dict) and tuple(tensor.shape) != param.shape:
                 raise RunError(f"{name} has shape {list(tensor.shape)}, the model's is {list(param.shape)}")
-            for suffix, part in side(param, precision, moe).quantize(tensor, name).items():
+            made_of = tensor if isinstance(tensor, dict) else side(param, precision, moe).quantize(tensor, name)
+            for suffix, part in made_of.items():
                 shards.write(temp, made.places[part_name(name, suffix)], part)
         if waiting:
             raise RunError(f"{len(waiting)} tensors of the model did not come: {_some(waiting)}")
-        beside = [Path(model.path) / name for name in BESIDE] if model.path else []
-        publish(temp, directory, made, config, [path for path in beside if path.is_file()])
+        publish(temp, directory, made, config, beside(model.path) if model.path else [])
     except BaseException:
         shutil.rmtree(temp, ignore_errors=True)
         raise
@@ -318,11 +308,17 @@ def served_config(config: Mapping[str, Any], params: list[Param], moe: bool, pre
     return kept | {"dtype": dtype, "torch_dtype": dtype} | told
 
 
-def publish(temp: Path, directory: Path, made: shards.Plan, config: dict[str, Any], beside: Iterable[Path]) -> None:
+def beside(directory: str | Path) -> list[Path]:
+    """Files that travel with a model as they are: tokenizer, chat template, its own code."""
+    found = sorted(path for path in Path(directory).iterdir() if path.is_file())
+    return [p for p in found if not p.name.startswith(".") and p.name != CONFIG and not p.name.endswith(WEIGHTS)]
+
+
+def publish(temp: Path, directory: Path, made: shards.Plan, config: dict[str, Any], files: Iterable[Path]) -> None:
     """Index, config and the files beside them; then all of it is on disk, and only then has its name."""
     shards.write_index(temp, made)
     write_json(temp / CONFIG, config)
-    for path in beside:
+    for path in files:
         shutil.copyfile(path, temp / path.name)
     sync_tree(temp)
     temp.rename(directory)

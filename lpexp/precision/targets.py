@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic import ValidationError
 
@@ -20,6 +20,8 @@ from lpexp.precision.fp8_scaled import Fp8Channel, Fp8Tensor
 from lpexp.precision.int4 import Int4Qat
 from lpexp.precision.int8 import W8A16
 from lpexp.precision.packed import Packed
+
+P = TypeVar("P", bound=Precision)
 
 
 class Flag(NamedTuple):
@@ -37,6 +39,7 @@ class Flag(NamedTuple):
 class Calibration(NamedTuple):
     """Codes chosen with text (GPTQ) instead of by rounding each to its nearest."""
 
+    precision: Packed
     data: str  # a file or a directory
     samples: int
     length: int  # tokens of a sample
@@ -61,7 +64,7 @@ class Target(NamedTuple):
     choose: Callable[[Namespace], Wish]  # ConfigError for a contradiction
 
 
-def _precision(kind: type[Precision], name: str, **fields: Any) -> Precision:
+def _precision(kind: type[P], name: str, **fields: Any) -> P:
     typed = {key: value for key, value in fields.items() if value is not None}
     words = {"group_size": "--quant-group-size"}
     try:
@@ -152,26 +155,25 @@ def _choose_int(args: Namespace) -> Wish:
     if method not in METHODS:
         raise _wrong(Mistake("--method", f"there is no {method!r}; use {' or '.join(METHODS)}"))
     kind, name = TYPES[word]
-    calibrated = max(kind.ranges)
+    fields = {"scope": _scope(args), "group_size": args.quant_group_size}
     if method == "rtn":
-        typed = [flag.names[0] for flag in CALIBRATING if getattr(args, flag.dest) is not None]
-        if typed:
+        if typed := [flag.names[0] for flag in CALIBRATING if getattr(args, flag.dest) is not None]:
             rule = "says how to calibrate, and --method rtn reads no text; leave it out or use --method gptq"
             raise _wrong(*(Mistake(flag, rule) for flag in typed))
-        calibration, divisor = None, args.divisor
-    else:
-        if args.data_dir is None:
-            rule = "gptq needs text: a wikitext .parquet, a .txt or a .jsonl file, or a directory of them"
-            raise _wrong(Mistake("--data-dir", rule))
-        if args.divisor not in (None, calibrated):
-            raise _wrong(Mistake("--divisor", f"{args.divisor:g}: gptq's grid is that of divisor {calibrated:g}"))
-        divisor, calibration = calibrated, _calibration(args)
-    fields = {"scope": _scope(args), "group_size": args.quant_group_size, "divisor": divisor}
-    return Wish(_precision(kind, name, **fields), why, calibration)
+        return Wish(_precision(kind, name, divisor=args.divisor, **fields), why)
+    if args.data_dir is None:
+        rule = "gptq needs text: a wikitext .parquet, a .txt or a .jsonl file, or a directory of them"
+        raise _wrong(Mistake("--data-dir", rule))
+    grid = max(kind.ranges)
+    if args.divisor not in (None, grid):
+        raise _wrong(Mistake("--divisor", f"{args.divisor:g}: gptq's grid is that of divisor {grid:g}"))
+    precision = _precision(kind, name, divisor=grid, **fields)
+    return Wish(precision, why, _calibration(args, precision))
 
 
-def _calibration(args: Namespace) -> Calibration:
+def _calibration(args: Namespace, precision: Packed) -> Calibration:
     made = Calibration(
+        precision,
         args.data_dir,
         256 if args.num_calibration_samples is None else args.num_calibration_samples,
         2048 if args.max_sequence_length is None else args.max_sequence_length,
