@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NEEDED = ("llmcompressor", "compressed_tensors", "transformers", "datasets")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tiktoken.model", "vocab.json")
 KINDS = (".parquet", ".txt", ".jsonl")
 
 
@@ -94,6 +95,8 @@ def _tokens(source: Path, data: Path, wish: Calibration) -> list[int]:
     text = "\n\n".join(texts(data))
     if not text.strip():
         raise ConfigError(f"--data-dir: {data} holds no text; name one that does")
+    if not any((source / name).is_file() for name in TOKENIZERS):
+        raise ConfigError(f"{source} has no tokenizer ({', '.join(TOKENIZERS)}); copy the model's own there")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=wish.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
@@ -127,15 +130,11 @@ def _gptq(source: Path, stored: hf.Stored, wish: Calibration, tokens_NT: list[li
     import torch
     from datasets import Dataset
     from llmcompressor import oneshot
-    from llmcompressor.modeling.moe.linearize import load_quantizable_moe
     from llmcompressor.modifiers.gptq import GPTQModifier
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(wish.seed)
-    with load_quantizable_moe():
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.bfloat16, trust_remote_code=wish.trust_remote_code
-        )
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, trust_remote_code=wish.trust_remote_code)
     told = wish.precision.hf(stored.model.params(), stored.moe)
     for group in told["config_groups"].values():  # its observer has one grid, ours says it in words
         group["weights"].pop("observer_kwargs", None)

@@ -36,12 +36,16 @@ WAYS: dict[str, tuple[list[str], Precision]] = {
     "w8a16": (["int4", "--quant-type", "W8A16"], W8A16(name="w8a16")),
     "w8a16 /127.5": (["int4", "--quant-type", "W8A16", "--divisor", "127.5"], W8A16(name="w8a16", divisor=127.5)),
 }
-GOLDEN = Model(
-    name="golden",
-    architecture="qwen3",
-    **BASE | {"vocab_size": 16, "intermediate_size": 128, "num_hidden_layers": 1, "head_dim": 128}
-    | {"num_attention_heads": 1, "num_key_value_heads": 1, "tie_word_embeddings": True},
-)  # fmt: skip
+GOLDEN_SIZES: dict[str, Any] = BASE | {
+    "vocab_size": 16,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 128,
+    "tie_word_embeddings": True,
+}
+GOLDEN = Model(name="golden", architecture="qwen3", **GOLDEN_SIZES)
 
 
 def random(model: Model, seed: int = 0) -> dict[str, Tensor]:
@@ -69,9 +73,7 @@ def planted(kind: str, shape: tuple[int, ...]) -> Tensor:
 
 def golden_weights() -> dict[str, Tensor]:
     """The same on every machine: from a counter hash and exactly rounded operations."""
-    return {
-        p.name: torch.from_numpy(make.normal(p.name, *p.shape) * 0.05).float().bfloat16() for p in GOLDEN.params()
-    }
+    return {p.name: torch.from_numpy(make.normal(p.name, *p.shape) * 0.05).float().bfloat16() for p in GOLDEN.params()}
 
 
 def plain(at: Path, model: Model, tensors: dict[str, Tensor] | None = None, **more: Any) -> Path:

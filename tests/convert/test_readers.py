@@ -18,7 +18,7 @@ from lpexp import cli
 from lpexp.convert import convert
 from lpexp.errors import ConfigError
 from lpexp.model import Model, hf
-from lpexp.precision import Parts, Precision
+from lpexp.precision import Parts
 from tests.convert.directories import BF16, GOLDEN, WAYS, digests, edit, golden_weights, plain, random
 from tests.precision.contract import MODELS, model, same_bytes
 
@@ -134,23 +134,23 @@ def test_compressed_tensors_packs_our_values_into_our_words(way: str):
 
 
 # -- through bf16 and back ---------------------------------------------------------------------------------------------
-def there_and_back(tmp_path: Path, way: str, small: Model) -> tuple[Path, Path, Precision]:
+def there_and_back(tmp_path: Path, way: str, small: Model) -> tuple[Path, Path]:
     directory, precision = made(tmp_path, way, small), WAYS[way][1]
     convert(directory, tmp_path / "bf16", BF16)
     convert(tmp_path / "bf16", tmp_path / "again", precision)
-    return directory, tmp_path / "again", precision
+    return directory, tmp_path / "again"
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("way", ["fp8", "fp8 channel", "fp8 tensor", "int4 g32", "int4 g128", "w8a16"])
 def test_through_16_bits_and_back_changes_no_byte(way: str, name: str, tmp_path: Path):
-    directory, again, _ = there_and_back(tmp_path, way, model(name))
+    directory, again = there_and_back(tmp_path, way, model(name))
     assert digests(again) == digests(directory)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_through_16_bits_and_back_changes_no_value_with_powers_of_two(name: str, tmp_path: Path, capsys):
-    directory, again, precision = there_and_back(tmp_path, "fp8 ue8m0", model(name))
+    directory, again = there_and_back(tmp_path, "fp8 ue8m0", model(name))
     before, after = served(directory), served(again)
     assert all(torch.equal(before[key], after[key]) for key in before)
     (_, _, old), (_, _, new) = hf.load(directory), hf.load(again)
@@ -195,7 +195,7 @@ KIMI_IGNORES = [
 
 
 def kimi(tmp_path: Path) -> Path:
-    """Its layout: routed experts packed in groups of 32, patterns that name the rest, int32 shapes, its own model type."""
+    """Its layout: routed experts in groups of 32, patterns that name the rest, int32 shapes, its own model type."""
     directory = made(tmp_path, "int4 g32", model("deepseek_tiny"))
     told = hf.read_config(directory)["quantization_config"] | {"ignore": KIMI_IGNORES}
     told["config_groups"]["group_0"]["weights"] |= {"observer_kwargs": {}, "block_structure": None}
@@ -247,7 +247,7 @@ def test_a_committed_directory_has_the_digests_of_the_manifest_and_loads(way: st
     directory = KEPT / way.replace(" ", "_")
     assert digests(directory) == json.loads((KEPT / "manifest.json").read_text())[way]
     _, precision, parts = hf.load(directory)
-    assert precision == WAYS[way][1]
+    assert precision is not None and precision == WAYS[way][1]
     weights = golden_weights()
     for param in GOLDEN.params():
         if precision.covers(param, False):

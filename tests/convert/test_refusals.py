@@ -54,8 +54,8 @@ def lying_index(directory: Path) -> None:
 
 
 def truncate(directory: Path) -> None:
-    with shard_with(directory, Q).open("r+b") as file:
-        file.truncate(os.path.getsize(file.name) - 10)
+    path = shard_with(directory, Q)
+    path.write_bytes(path.read_bytes()[:-10])
 
 
 def quantise(way: str) -> Callable[[Path], None]:
@@ -340,12 +340,14 @@ CASES: dict[str, tuple[list[str], Callable[[Path], object] | None, str]] = {
 def expand(text: str, here: Path) -> str:
     """The words that stand for what only this machine knows."""
     source = here / "source"
-    if not (source / hf.INDEX).exists() or not any(w in text for w in ("FILE", "DOWN", "NORM", "OTHER", "HELD", "SIZE")):
+    if not (source / hf.INDEX).exists() or not any(
+        w in text for w in ("FILE", "DOWN", "NORM", "OTHER", "HELD", "SIZE")
+    ):
         return text
     places = json.loads((source / hf.INDEX).read_text())["weight_map"]
     held = sorted(name for name, file in places.items() if file == FIRST)
     path = source / places[Q]
-    size = os.path.getsize(path) if path.exists() else 0
+    size = path.stat().st_size if path.exists() else 0
     words = {
         "FILE": places[Q],
         "OTHER": places[Q],
@@ -366,7 +368,7 @@ def test_a_bad_conversion_is_refused_in_these_words_and_leaves_nothing(case: str
     plain(tmp_path / "source", model("qwen3_tiny"), shard_bytes=250_000)
     if damage is not None:
         damage(tmp_path / "source")
-    before = {path for path in tmp_path.rglob("*")}
+    before = set(tmp_path.rglob("*"))
     capsys.readouterr()
     code = cli.main(["convert", *(word.replace("HERE", str(tmp_path)) for word in typed)])
     said = capsys.readouterr().err.replace(str(tmp_path), "HERE").rstrip("\n")
@@ -377,7 +379,7 @@ def test_a_bad_conversion_is_refused_in_these_words_and_leaves_nothing(case: str
     assert code == (1 if case in ("a NaN", "an infinity in the last row", "codes of another grid") else 2) or (
         case == "NaN in a tensor that stays plain" and code == 1
     )
-    assert {path for path in tmp_path.rglob("*")} == before
+    assert set(tmp_path.rglob("*")) == before
 
 
 def test_there_are_more_than_twenty_cases_and_the_undamaged_directory_converts(tmp_path: Path):
@@ -399,7 +401,9 @@ def test_a_full_disk_is_told_with_the_tensor_and_the_bytes_and_leaves_nothing(wo
 
         monkeypatch.setattr(os, "pwrite", full)
     else:
-        code = "import errno, os\ndef full(*a): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))\nos.pwrite = full\n"
+        code = (
+            "import errno, os\ndef full(*a): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))\nos.pwrite = full\n"
+        )
         (tmp_path / "site").mkdir()
         (tmp_path / "site" / "sitecustomize.py").write_text(code)
         monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
@@ -436,4 +440,3 @@ def test_a_flag_that_nobody_knows_ends_with_the_usage(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(["convert", "fp8", "--blocksize", "128"])
     assert ended.value.code == 2 and "--blocksize" in capsys.readouterr().err
-

@@ -1,6 +1,6 @@
 """Writes tests/golden/converted/: what `lpexp convert` makes of a tiny model, two directories whole, of others digests.
 
-    python -m tests.golden.converted
+python -m tests.golden.converted
 """
 
 from __future__ import annotations
