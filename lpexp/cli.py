@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from lpexp import compare, evaluate, export
+from lpexp import compare, convert, evaluate, export
 from lpexp.errors import ConfigError, RunError
 
 
@@ -28,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     matrix = commands.add_parser("eval", help="checkpoints under several serving precisions, as a matrix")
     evaluate.add_arguments(matrix)
     matrix.set_defaults(run=evaluate.main)
+    converter = commands.add_parser("convert", help="a Hugging Face directory in another precision")
+    convert.add_arguments(converter)
+    converter.set_defaults(run=convert.main)
     args = parser.parse_args(argv)
     try:
         return args.run(args)

@@ -195,7 +195,7 @@ class Experiment(Spec):
         key, null = "rollout.checkpoint", "or type rollout.checkpoint=null"
         try:
             found = precision_of(given, model)
-            same_start = model.path is None or not Path(model.path).is_dir() or copies(given, model.path)
+            same_start = model.path is None or not Path(model.path).is_dir() or copies(given, model.path, model)
         except ConfigError as error:
             yield Mistake(key, f"{error}; name a directory that serves this model, {null}")
             return

@@ -17,12 +17,15 @@ from pydantic import BaseModel
 from lpexp.data import Param
 from lpexp.errors import ConfigError
 from lpexp.model import Model
-from lpexp.model.hf import CONFIG, Header, _read_json, _some, headers, model_from_config
-from lpexp.precision import LINEARS, Precision, from_hf, side
+from lpexp.model.hf import CONFIG, Stored, read_model, read_precision
+from lpexp.precision import LINEARS, Precision, expected, side
 from lpexp.precision.bf16 import Bf16
 from lpexp.precision.fp32 import Fp32
 
-PLAIN = {"BF16": Bf16(name="bf16"), "F32": Fp32(name="fp32")}  # stored as -> the precision that serves it so
+PLAIN: dict[str, Precision] = {
+    "bfloat16": Bf16(name="bf16"),
+    "float32": Fp32(name="fp32"),
+}  # stored as -> the precision that serves it so
 EMBEDDING = "model.embed_tokens.weight"
 COMPARED = 1 << 25  # elements of an embedding, so that a large one does not keep the judge waiting
 # Fields of a Model that change no value of a forward pass.
@@ -32,17 +35,20 @@ NO_NUMBERS = {"name", "path", "parallel", "scale", "initializer_range", "max_pos
 def precision_of(directory: str | Path, model: Model) -> Precision:
     """The precision that a directory serves `model` in; ConfigError when it is unreadable or of another model."""
     directory = Path(directory)
-    config = _read_json(directory / CONFIG)
-    if differs := difference(model, model_from_config(config, directory.name, str(directory))):
+    if differs := difference(model, read_model(directory)):
         key, ours, theirs = differs
         raise ConfigError(f"{directory / CONFIG} has {key} {theirs}, model {model.name} has {ours}")
     params, moe = list(model.params()), model.moe is not None
-    stored = headers(directory)
-    precision = _quantised(directory, config, params, moe)
+    precision = read_precision(directory, model)
+    stored = Stored(directory, model, precision)
     if precision is None:
         precision = _plain(directory, params, stored)
-    if problem := next(_problems(directory, params, moe, precision, stored), None):
-        raise ConfigError(problem)
+    for param in params:
+        if not precision.covers(param, moe):
+            found = stored.place[param.name].dtype
+            _, served = expected(side(param, precision, moe), param.shape)["weight"]
+            if found != served:
+                raise ConfigError(f"{stored.where(param.name)} is {found}, {precision.name} serves it as {served}")
     return precision
 
 
@@ -63,68 +69,30 @@ def _differences(ours: Any, theirs: Any, unused: set[str]) -> Iterator[tuple[str
             yield key, left, right
 
 
-def _quantised(directory: Path, config: dict[str, Any], params: list[Param], moe: bool) -> Precision | None:
-    quantised = config.get("quantization_config")
-    if not quantised:
-        return None
-    try:
-        return from_hf(quantised, params, moe)
-    except ConfigError as error:
-        raise ConfigError(f"{directory / CONFIG}: {'; '.join(m.message for m in error.mistakes)}") from None
-    except (KeyError, TypeError, AttributeError, ValueError) as error:  # a field of it is missing or of another kind
-        why = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ConfigError(f"{directory / CONFIG}: quantization_config cannot be read ({why})") from None
-
-
-def _plain(directory: Path, params: list[Param], stored: dict[str, Header]) -> Precision:
+def _plain(directory: Path, params: list[Param], stored: Stored) -> Precision:
     """What an unquantised directory is served in, by the type of its matrices."""
-    kinds = sorted({stored[p.name].dtype for p in params if p.kind in LINEARS and p.name in stored})
+    kinds = sorted({stored.place[p.name].dtype for p in params if p.kind in LINEARS})
     if len(kinds) != 1 or kinds[0] not in PLAIN:
-        held = " and ".join(kinds) or "nothing"
-        raise ConfigError(f"{directory} stores its matrices as {held}; served as they are they must be all BF16 or F32")
+        held = " and ".join(kinds)
+        raise ConfigError(f"{directory} stores its matrices as {held}; only {' or '.join(PLAIN)} is served as it is")
     return PLAIN[kinds[0]]
 
 
-def _problems(
-    directory: Path, params: list[Param], moe: bool, precision: Precision, stored: dict[str, Header]
-) -> Iterator[str]:
-    """What is missing, of another shape, or stored in a type that this precision does not serve."""
-    types = {plain.name: dtype for dtype, plain in PLAIN.items()}
-    modules = {name.partition(".weight")[0] for name in stored}
-    for param in params:
-        if precision.covers(param, moe):
-            if param.name.removesuffix(".weight") not in modules:
-                yield f"{directory} lacks {param.name}"
-            continue
-        if param.name not in stored:
-            yield f"{directory} lacks {param.name}"
-            continue
-        found, served = stored[param.name], types[side(param, precision, moe).name]
-        if found.shape != param.shape:
-            yield f"{found.file}: {param.name} has shape {list(found.shape)}, the model's is {list(param.shape)}"
-        elif found.dtype != served:
-            yield f"{found.file}: {param.name} is {found.dtype}, {precision.name} serves it as {served}"
-
-
-def copies(directory: str | Path, original: str | Path) -> bool:
+def copies(directory: str | Path, original: str | Path, model: Model) -> bool:
     """Do both directories hold the same embedding, which no quantiser touches? Its beginning, as bf16 values."""
-    ours, theirs = (headers(one).get(EMBEDDING) for one in (directory, original))
-    if ours is None or theirs is None or ours.shape != theirs.shape:
-        return False
-    count = min(math.prod(ours.shape), COMPARED)
-    return np.array_equal(_values(ours, count), _values(theirs, count))
+    count = min(math.prod(next(p.shape for p in model.params() if p.kind == "embed")), COMPARED)
+    return np.array_equal(_embedding(directory, model, count), _embedding(original, model, count))
 
 
-def _values(header: Header, count: int) -> np.ndarray:
+def _embedding(directory: str | Path, model: Model, count: int) -> np.ndarray:
     """The first elements as bf16 bit patterns (float32 rounded to nearest even)."""
-    kinds = {"BF16": np.dtype("<u2"), "F32": np.dtype("<u4"), "F16": np.dtype("<f2")}
-    if header.dtype not in kinds:
-        raise ConfigError(f"{header.file}: {EMBEDDING} is {header.dtype}, expected one of {_some(kinds)}")
-    kind = kinds[header.dtype]
-    found = np.fromfile(header.file, kind, count, offset=header.start)
-    if header.dtype == "BF16":
+    directory = Path(directory)
+    entry = Stored(directory, model, read_precision(directory, model)).place[EMBEDDING]
+    kind = {"bfloat16": "<u2", "float32": "<u4", "float16": "<f2"}[entry.dtype]
+    found = np.fromfile(directory / entry.file, kind, count, offset=entry.start)
+    if entry.dtype == "bfloat16":
         return found
-    bits: Any = found.astype("<f4").view("<u4") if header.dtype == "F16" else found
+    bits: Any = found.astype("<f4").view("<u4") if entry.dtype == "float16" else found
     return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype("<u2")
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from lpexp import cli, frontend
-from lpexp.model import hf
+from lpexp.model import hf, shards
 from lpexp.model.decoder import Decoder, ServedWeights
 from lpexp.model.tokenizer import SYMBOLS, CharTokenizer, HfTokenizer
 from lpexp.precision import side
@@ -216,7 +216,7 @@ def test_a_full_disk_leaves_nothing_behind(at, tmp_path, capsys, monkeypatch: py
         raise OSError(28, "No space left on device")
 
     broken: Callable[..., None] = full
-    monkeypatch.setattr(hf, "_write_shards", broken)
+    monkeypatch.setattr(shards, "write", broken)
     assert cli.main(["export", str(at / "run"), "--precision", "bf16", "--out", str(tmp_path / "out")]) == 1
     assert "could not be written: No space left on device; nothing was left there" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
