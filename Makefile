@@ -21,7 +21,7 @@ help: ## this list
 demo: $(VENV)/.installed ## make the environment and watch a policy learn, two minutes on two cores
 	$(BIN)/python launch.py
 
-test: $(VENV)/.installed ## the main tests, at most 15 minutes on two cores
+test: $(VENV)/.installed-int4 ## the main tests, at most 15 minutes on two cores
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-gpu: $(VENV)/.installed ## the tests that need a CUDA card; fails where there is none
@@ -53,6 +53,10 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet -r requirements.lock
 	$(PIP) install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+$(VENV)/.installed-int4: $(VENV)/.installed requirements-int4.lock
+	$(PIP) install --quiet -r requirements-int4.lock
 	touch $@
 
 $(VENV)/.installed-bench: $(VENV)/.installed requirements-bench.lock

@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from lpexp import compare
+from lpexp import compare, convert, evaluate, export
 from lpexp.errors import ConfigError, RunError
 
 
@@ -22,6 +22,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     between = commands.add_parser("compare", help="two runs, side by side or bit for bit")
     compare.add_arguments(between)
     between.set_defaults(run=compare.main)
+    out = commands.add_parser("export", help="a run's checkpoint as a Hugging Face directory, in any precision")
+    export.add_arguments(out)
+    out.set_defaults(run=export.main)
+    matrix = commands.add_parser("eval", help="checkpoints under several serving precisions, as a matrix")
+    evaluate.add_arguments(matrix)
+    matrix.set_defaults(run=evaluate.main)
+    converter = commands.add_parser("convert", help="a Hugging Face directory in another precision")
+    convert.add_arguments(converter)
+    converter.set_defaults(run=convert.main)
     args = parser.parse_args(argv)
     try:
         return args.run(args)

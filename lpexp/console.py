@@ -43,6 +43,8 @@ class Console:
         self.say(f"  model      {model.name} ({model.architecture}), {count(model.num_params())} parameters")
         self.say(f"  trainer    {side(exp, exp.precision)}")
         self.say(f"  rollout    {side(exp, exp.wire)}{'' if exp.rollout.precision else ', as the trainer'}")
+        if said := served_first(exp):
+            self.say(f"  checkpoint {said}{'' if start_step <= exp.lag else '; that was before this resume'}")
         self.say(f"  contract   {contract}")
         self.say(f"  task       {exp.task.name}, {_batch(exp)}; correction {exp.correction.name}, lag {exp.lag}")
         for row in (*exp.trainer.plan(exp), *exp.rollout.plan(exp)):
@@ -114,6 +116,16 @@ def side(exp: Experiment, precision: Any) -> str:
     share = sum(math.prod(p.shape) for p in covered) / model.num_params()
     return (
         f"{precision.name}, quantises {len(covered)} of {len(params)} tensors, {share:.0%} of the parameters ({kinds})"
+    )
+
+
+def served_first(exp: Experiment) -> str | None:
+    """What a served checkpoint is to a run, and for how long."""
+    if exp.rollout.checkpoint is None:
+        return None
+    return (
+        f"{exp.rollout.checkpoint} serves version 0 as it is stored; the first weight update replaces its "
+        f"(calibrated) values by the trainer's own rounding to {exp.wire.name}"
     )
 
 

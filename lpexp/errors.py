@@ -25,9 +25,12 @@ class ConfigError(Exception):
     def __init__(self, mistakes: Iterable[Mistake] | str, title: str = "config has mistakes:"):
         if isinstance(mistakes, str):
             mistakes = [Mistake("", mistakes)]
-        self.mistakes = list(mistakes)
+        self.mistakes = [Mistake(*mistake) for mistake in mistakes]
         self.title = title
         super().__init__(str(self))
+
+    def __reduce__(self) -> tuple:
+        return type(self), ([tuple(mistake) for mistake in self.mistakes], self.title)
 
     def __str__(self) -> str:
         if len(self.mistakes) == 1 and not self.mistakes[0].key:
@@ -45,6 +48,9 @@ class NonFiniteWeightError(RunError):
     def __init__(self, name: str, index: tuple[int, ...], value: float, count: int):
         super().__init__(f"{name}: {count} non-finite value(s), the first is {value} at {list(index)}")
         self.name, self.index, self.value, self.count = name, index, value, count
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.name, self.index, self.value, self.count)
 
 
 class Stopped(BaseException):

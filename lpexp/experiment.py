@@ -17,7 +17,8 @@ from lpexp.config import Spec, rule
 from lpexp.correction import Correction
 from lpexp.errors import ConfigError, Mistake
 from lpexp.model import Model, divisors
-from lpexp.precision import Precision, from_hf
+from lpexp.model.served import EMBEDDING, agrees, contradiction, copies, precision_of
+from lpexp.precision import Precision
 from lpexp.rollout import RolloutSpec
 from lpexp.task import Task
 from lpexp.trainer import TrainerSpec
@@ -188,32 +189,34 @@ class Experiment(Spec):
     @rule
     def _checkpoint_agrees(self) -> Iterator[Mistake]:
         """A served checkpoint fixes the rollout's precision; serving it as another one would re-quantise in silence."""
-        if self.rollout.checkpoint is None:
+        given, model = self.rollout.checkpoint, self.model.sized()
+        if given is None:
             return
-        at, moe = Path(self.rollout.checkpoint) / "config.json", self.model.moe is not None
-        params = list(self.model.params()) if self.model.scale == "full" else []
+        key, null = "rollout.checkpoint", "or type rollout.checkpoint=null"
         try:
-            config = json.loads(at.read_text())
-            if not isinstance(config, dict) or not isinstance(config.get("quantization_config") or {}, dict):
-                raise ValueError("it is no model's config")
-            quantised = config.get("quantization_config")
-            found = from_hf(quantised, params, moe) if quantised else self.wire.plain
-        except (OSError, ValueError, ConfigError) as error:
-            why = error.strerror if isinstance(error, OSError) else f"{error}"
-            if isinstance(error, ConfigError):
-                why = "; ".join(mistake.message for mistake in error.mistakes)
-            yield Mistake("rollout.checkpoint", f"{at} cannot be read: {why}; name a served model directory, or null")
+            found = precision_of(given, model)
+            same_start = model.path is None or not Path(model.path).is_dir() or copies(given, model.path, model)
+        except ConfigError as error:
+            yield Mistake(key, f"{error}; name a directory that serves this model, {null}")
             return
-        if found.format() == self.wire.format() and found.contract(params, moe) == self.wire.contract(params, moe):
+        if model.path is None:
+            start = "at random" if self.task.warmup is None else "from its warm-up"
+            message = f"the trainer starts {start} (model.path is null), so {given} would sample with other weights"
+            way = "type model.path=DIR, the 16-bit directory that it was made from"
+            if self.model.scale == "laptop":
+                way = "type scale=full: no directory holds the small twin"
+            yield Mistake(key, f"{message}; {way}, {null}")
+        if not same_start:
+            message = f"{given} is no copy of {model.path}: {EMBEDDING} differs, so it would sample with other weights"
+            yield Mistake(key, f"{message}; type model.path=DIR, the 16-bit directory that it was made from, {null}")
+        params, moe = list(model.params()), model.moe is not None
+        if agrees(found, self.wire, params, moe):
             return
-        key = "precision" if self.rollout.precision is None else "rollout.precision"
-        fields = type(found).model_fields
-        told = self.wire if type(found) is type(self.wire) else None
-        changed = {n: v for n, v in found if n != "name" and v != (getattr(told, n) if told else fields[n].default)}
-        typed = [f"{key}={found.name}", *(f"{key}.{name}={_typed(value)}" for name, value in changed.items())]
-        other = f"{found.name} with other fields" if told else found.name
-        message = f"{self.rollout.checkpoint} holds {other}, this run serves {self.wire.name}"
-        yield Mistake("rollout.checkpoint", f"{message}; type {' '.join(typed)}")
+        typed = self.rollout.precision is not None
+        mount = "rollout.precision" if typed or type(found) is not type(self.wire) else "precision"
+        holder = mount if typed else "the trainer"
+        message, words = contradiction(found, self.wire, mount, params, moe)
+        yield Mistake(key, f"{given} holds {message.format(holder=holder)}; type {words}")
 
     @rule
     def _backends_agree(self) -> Iterator[Mistake]:
@@ -228,8 +231,3 @@ class Experiment(Spec):
         """16 hex digits of everything that decides the numbers; where a run writes and how it resumes is left out."""
         kept = {key: value for key, value in self.dump().items() if key not in MAY_CHANGE}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _typed(value: object) -> str:
-    """A value as it is typed on the command line."""
-    return f"[{','.join(map(str, value))}]" if isinstance(value, list | tuple) else str(value)

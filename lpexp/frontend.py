@@ -27,7 +27,8 @@ from lpexp.errors import ConfigError, Mistake, RunError, Stopped
 from lpexp.experiment import Experiment
 from lpexp.explain import explain, meant
 from lpexp.groups import CONF, MOUNTS, choices, compose, groups, read_choice
-from lpexp.model import Parallel
+from lpexp.model import Model, Parallel
+from lpexp.model.served import precision_of
 from lpexp.precision import Precision
 from lpexp.shell import contradictions
 
@@ -104,6 +105,7 @@ def judge(cfg: DictConfig | Mapping[str, Any]) -> Experiment:
     except OmegaConfBaseException as error:
         raise ConfigError([explain(error, ())[0]]) from None
     mistakes = list(_name_precisions(data))
+    _ask_the_checkpoint(data)
     exp = None
     try:
         exp = load(data, Experiment)
@@ -201,7 +203,8 @@ def _name_precisions(data: dict[str, Any]) -> Iterator[Mistake]:
             continue
         given = holder.get(key)
         if given == "same" or (given is None and part == "reference" and key in holder):
-            holder[key] = None if part == "rollout" else data.get("precision")
+            same_by_default = part == "rollout" and not holder.get("checkpoint")
+            holder[key] = None if same_by_default else data.get("precision")
         elif isinstance(given, str):
             if given in choices("precision"):
                 holder[key] = read_choice("precision", given)
@@ -209,6 +212,21 @@ def _name_precisions(data: dict[str, Any]) -> Iterator[Mistake]:
             names = choices("precision")
             yield Mistake(mount, f"there is no {given!r}{meant(given, names)} there are {', '.join(names)}, same")
             holder[key] = data.get("precision")
+
+
+def _ask_the_checkpoint(data: dict[str, Any]) -> None:
+    """A served directory names the rollout's precision where nobody typed one, in place.
+
+    Not where it has the trainer's own format: that is the same precision, or its fields differ, which a rule refuses.
+    """
+    rollout = data.get("rollout")
+    if not isinstance(rollout, dict) or rollout.get("precision") is not None:
+        return
+    if isinstance(rollout.get("checkpoint"), str):
+        with contextlib.suppress(ConfigError, ValidationError):  # told by the rules of Experiment
+            found = precision_of(rollout["checkpoint"], Model.model_validate(data.get("model")).sized())
+            if type(found) is not type(Precision.model_validate(data.get("precision"))):
+                rollout["precision"] = found.dump()
 
 
 def _misnamed(exp: Experiment) -> Iterator[Mistake]:

@@ -44,7 +44,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lpexp import journal
-from lpexp.console import Console, side
+from lpexp.console import Console, served_first, side
 from lpexp.data import Group, LearnReport, Metrics, SyncReport
 from lpexp.errors import RunError
 from lpexp.metric import find
@@ -125,6 +125,8 @@ class Log:
 
         found = report.summarise(self.run_dir)
         found |= {"trainer": side(self.exp, self.exp.precision), "rollout": side(self.exp, self.exp.wire)}
+        if said := served_first(self.exp):
+            found["checkpoint"] = said
         found |= {"contract": self.contract, "run_dir": str(self.run_dir)}
         found["next"] = _next_command(self.exp, self.overrides)
         journal.write(self.run_dir / "summary.json", json.dumps(found, indent=1) + "\n")
@@ -415,7 +417,7 @@ def _next_command(exp: Experiment, overrides: Sequence[str]) -> str | None:
     """The experiment that this one raises: serve another precision, or train in the one that was served."""
     words = sorted(path.stem for path in (Path(__file__).parents[1] / "conf" / "precision").glob("*.yaml"))
     trainer, plain = exp.precision.name, exp.precision.plain.name
-    kept = _kept(overrides, "precision", "rollout.precision")
+    kept = _kept(overrides, "precision", "rollout.precision", "rollout.checkpoint")
     if exp.wire != exp.precision:  # a mismatch was measured: now without it
         chosen = [f"precision={exp.wire.name}"] if exp.wire.trains and exp.wire.name in words else []
     else:

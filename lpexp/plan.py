@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lpexp.console import served_first
 from lpexp.experiment import Experiment
 from lpexp.precision import Precision, digest, side
 
@@ -45,6 +46,7 @@ def text(exp: Experiment) -> str:
         ("model", f"{model.name} ({model.architecture}, {elements:,} parameters, {len(params):,} tensors)"),
         ("trainer", _describe(exp.precision)),
         ("rollout", _describe(exp.wire) + (" (the trainer's)" if exp.rollout.precision is None else "")),
+        *([("checkpoint", said)] if (said := served_first(exp)) else []),
         ("reference", reference),
         ("correction", exp.correction.name),
         ("cluster", f"{exp.cluster.name}: {machine}"),

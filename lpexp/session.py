@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from lpexp import checkpoint, warmup
+from lpexp import checkpoint, journal, warmup
 from lpexp.cluster import Workers
-from lpexp.data import Group
+from lpexp.data import Group, SyncReport
 from lpexp.errors import RunError
 from lpexp.experiment import Experiment
 from lpexp.log import Log
@@ -67,6 +67,22 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
+    def publish(self, version: int) -> SyncReport:
+        """Serve a version: of a served checkpoint, version 0 is the directory itself, every later one the trainer's."""
+        directory = self.exp.rollout.checkpoint
+        if directory is None or version:
+            return self.trainer.publish(self.rollout, version).result()
+        report = self.rollout.open(directory)
+        events = journal.read(self.run_dir / journal.EVENTS)
+        before = [event["checksum"] for event in events if event["kind"] == "checkpoint_served"]
+        if self.start and before and before[-1] != report.checksum_sent:
+            raise RunError(
+                f"rollout.checkpoint: {directory} has changed since this run began (its parts hash to "
+                f"{report.checksum_sent}, then {before[-1]}); put back what was there, or start a new run"
+            )
+        self.log.event("checkpoint_served", directory=directory, version=version, checksum=report.checksum_sent)
+        return report
+
     def save(self, version: int) -> Path:
         """A checkpoint of the weights after `version` batches."""
         state = checkpoint.describe(self.exp, version, version)
@@ -96,11 +112,11 @@ class Pipeline:
     def __init__(self, session: Session):
         self.session = session
         self.pending: dict[int, Pending] = {}
-        trainer, rollout, start = session.trainer, session.rollout, session.start
+        start = session.start
         if session.exp.lag and start:  # the batch in hand was sampled by the weights one version back
-            session.log.sync(trainer.publish(rollout, start - 1).result())
+            session.log.sync(session.publish(start - 1))
             self.ask(start)
-        session.log.sync(trainer.publish(rollout, start).result())
+        session.log.sync(session.publish(start))
 
     def ask(self, step: int) -> None:
         """Start generating the batch of a step, unless that has been done."""

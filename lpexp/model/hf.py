@@ -2,8 +2,8 @@
 
 A served directory holds, for each tensor `X.weight`, the parts that its precision makes of it under `X.<suffix>`, and
 the precision's `quantization_config`. What is read is checked against `Model.params()`: every tensor there, none
-beside, shapes and dtypes as expected, all finite. One tensor is in memory at a time while writing, one shard's worth
-while it is buffered. Only safetensors are read: a pickled .bin is refused.
+beside, shapes and dtypes as expected, all finite. One tensor is in memory at a time while writing. Only safetensors
+(shards.py) are read: a pickled .bin is refused. From directory to directory: lpexp/convert.py.
 Left out: tokenizers (tokenizer.py), multi-token-prediction layers, biases other than those of q, k and v.
 Source: the configuration classes of transformers 5.17; older ones read the same file (rope_theta, rope_scaling).
 """
@@ -15,15 +15,15 @@ import os
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lpexp.data import Param
 from lpexp.disk import sync, sync_tree, write_json
 from lpexp.errors import ConfigError, RunError
-from lpexp.model import Mla, Model, Moe, RopeScaling
-from lpexp.precision import Parts, Precision, from_hf
+from lpexp.model import Mla, Model, Moe, RopeScaling, shards
+from lpexp.model.shards import INDEX, SINGLE, part_name
+from lpexp.precision import Parts, Precision, expected, from_hf, side
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,22 +35,11 @@ CLASSES = {
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
 }
-CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
-SHARD_BYTES = 4 * 2**30
+CONFIG = "config.json"
+DECODED = "lpexp_decoded_from"  # in a 16-bit config.json: the quantization_config that its values were decoded from
+ROWS_BYTES = 1 << 22
 SHOWN = 8  # problems listed of one directory
-# Copied from the model's own directory, so that an exported one can be served as it is.
-BESIDE = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tiktoken.model",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "generation_config.json",
-)
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")  # endings of files that are not copied
 
 
 # -- config.json -------------------------------------------------------------------------------------------------------
@@ -256,122 +245,110 @@ def _judge_export(model: Model) -> None:
 def save(
     directory: str | Path,
     model: Model,
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Iterable[tuple[str, Tensor | Parts]],
     precision: Precision,
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int = shards.SHARD_BYTES,
+    config: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a directory that serves `model` in `precision`; it appears whole or not at all.
 
-    `tensors` gives every tensor of `model.params()` once, in any order; NonFiniteWeightError names one with a NaN.
-    A shard is at most `shard_bytes`, or one tensor's parts where those are more.
+    `tensors` gives every tensor of `model.params()` once, in any order, or its parts where they are made already;
+    NonFiniteWeightError names one with a NaN. A shard is at most `shard_bytes`, or one tensor's parts where those are
+    more. `config` is the config.json to keep; without it the model's own is written.
     """
     directory = Path(directory)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ConfigError(f"{directory} exists already; remove it or choose another directory")
+    judge_new(directory)
     params, moe = list(model.params()), model.moe is not None
-    config = config_json(model)
-    quantization = precision.hf(params, moe)
-    dtypes: set[str] = set()
+    config = served_config(config_json(model) if config is None else config, params, moe, precision)
+    made = plan(params, moe, precision, shard_bytes)
     directory.parent.mkdir(parents=True, exist_ok=True)
     temp = directory.with_name(f".tmp-{directory.name}-{os.getpid()}")
     shutil.rmtree(temp, ignore_errors=True)
     temp.mkdir()
     try:
-        _write_shards(temp, _serve(params, tensors, precision, moe, dtypes), shard_bytes)
-        # The dtype of what is left unquantised, which is also that of the activations.
-        dtype = "bfloat16" if "torch.bfloat16" in dtypes else "float32"
-        config |= {"dtype": dtype, "torch_dtype": dtype}
-        if quantization is not None:
-            config["quantization_config"] = quantization
-        write_json(temp / CONFIG, config)
-        for name in BESIDE:
-            if model.path and (Path(model.path) / name).is_file():
-                shutil.copyfile(Path(model.path) / name, temp / name)
-        sync_tree(temp)
-        temp.rename(directory)
+        shards.create(temp, made)
+        waiting = {param.name: param for param in params}
+        for name, tensor in tensors:
+            param = waiting.pop(name, None)
+            if param is None:
+                raise RunError(f"{name} is no tensor of this model, or came twice")
+            if not isinstance(tensor, dict) and tuple(tensor.shape) != param.shape:
+                raise RunError(f"{name} has shape {list(tensor.shape)}, the model's is {list(param.shape)}")
+            made_of = tensor if isinstance(tensor, dict) else side(param, precision, moe).quantize(tensor, name)
+            for suffix, part in made_of.items():
+                shards.write(temp, made.places[part_name(name, suffix)], part)
+        if waiting:
+            raise RunError(f"{len(waiting)} tensors of the model did not come: {_some(waiting)}")
+        publish(temp, directory, made, config, beside(model.path) if model.path else [])
     except BaseException:
         shutil.rmtree(temp, ignore_errors=True)
         raise
-    sync(directory.parent)
     return directory
 
 
-def convert(source: str | Path, directory: str | Path, precision: Precision, shard_bytes: int = SHARD_BYTES) -> Path:
-    """Read a 16- or 32-bit directory and write it in `precision`, one tensor in memory at a time."""
-    model = read_model(source)
-    mistakes = list(precision.judge(list(model.params()), model.moe is not None))
-    if mistakes:
-        raise ConfigError(mistakes, f"{source} cannot be quantised like this:")
-    return save(directory, model, read_weights(source, model), precision, shard_bytes)
+def judge_new(directory: Path) -> None:
+    """ConfigError where something is in the way of a new directory."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ConfigError(f"{directory} exists already; remove it or choose another directory")
 
 
-def part_name(name: str, suffix: str) -> str:
-    """The stored name of one part of a tensor: ("a.weight", "weight_scale") -> "a.weight_scale"."""
-    if name.endswith(".weight"):
-        return name.removesuffix("weight") + suffix
-    assert suffix == "weight", f"{name} is no weight, it cannot have a part {suffix}"
-    return name
+def plan(params: list[Param], moe: bool, precision: Precision, shard_bytes: int = shards.SHARD_BYTES) -> shards.Plan:
+    """Where each part of each tensor goes: the same for whoever writes this model in this precision."""
+    layouts = ((param.name, expected(side(param, precision, moe), param.shape)) for param in params)
+    return shards.plan(layouts, shard_bytes)
 
 
-def _serve(
-    params: list[Param], tensors: Iterable[tuple[str, Tensor]], precision: Precision, moe: bool, dtypes: set[str]
-) -> Iterator[dict[str, Tensor]]:
-    """{stored name: part} of each tensor that comes; RunError when one is unknown, misshapen, twice or not there."""
-    from lpexp.precision.wire import side
-
-    waiting = {param.name: param for param in params}
-    for name, tensor in tensors:
-        param = waiting.pop(name, None)
-        if param is None:
-            raise RunError(f"{name} is no tensor of this model, or came twice")
-        if tuple(tensor.shape) != param.shape:
-            raise RunError(f"{name} has shape {list(tensor.shape)}, the model's is {list(param.shape)}")
-        parts = side(param, precision, moe).quantize(tensor, name)
-        if not precision.covers(param, moe):
-            dtypes.update(str(part.dtype) for part in parts.values())
-        # Copied: an unquantised part may be the caller's own tensor, which it may overwrite before the shard is full.
-        yield {part_name(name, suffix): part.cpu().contiguous().clone() for suffix, part in parts.items()}
-    if waiting:
-        raise RunError(f"{len(waiting)} tensors of the model did not come: {_some(waiting)}")
+def served_config(config: Mapping[str, Any], params: list[Param], moe: bool, precision: Precision) -> dict[str, Any]:
+    """A config.json that says how `precision` serves these tensors."""
+    # The dtype of what is left unquantised, which is also that of the activations.
+    dtype = expected(precision.plain, (1, 1))["weight"][1]
+    kept = {key: value for key, value in config.items() if key not in ("quantization_config", DECODED)}
+    quantization = precision.hf(params, moe)
+    told = {} if quantization is None else {"quantization_config": quantization}
+    return kept | {"dtype": dtype, "torch_dtype": dtype} | told
 
 
-def _write_shards(directory: Path, groups: Iterable[dict[str, Tensor]], limit: int) -> None:
-    """Fill shard after shard; their number is known only at the end, so they are named then."""
-    from safetensors.torch import save_file
+def beside(directory: str | Path) -> list[Path]:
+    """Files that travel with a model as they are: tokenizer, chat template, its own code."""
+    found = sorted(path for path in Path(directory).iterdir() if path.is_file())
+    return [p for p in found if not p.name.startswith(".") and p.name != CONFIG and not p.name.endswith(WEIGHTS)]
 
-    shards: list[list[str]] = []
-    pending: dict[str, Tensor] = {}
-    held = total = 0
 
-    def flush() -> None:
-        nonlocal pending, held
-        if pending:
-            save_file(pending, directory / f"{len(shards)}.part", {"format": "pt"})
-            shards.append(list(pending))
-            pending, held = {}, 0
-
-    for parts in groups:
-        size = sum(part.nbytes for part in parts.values())
-        if held + size > limit:
-            flush()
-        pending |= parts
-        held, total = held + size, total + size
-    flush()
-    places = {}
-    for i, names in enumerate(shards):
-        shard = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        (directory / f"{i}.part").rename(directory / shard)
-        places |= dict.fromkeys(names, shard)
-    write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))})
+def publish(temp: Path, directory: Path, made: shards.Plan, config: dict[str, Any], files: Iterable[Path]) -> None:
+    """Index, config and the files beside them; then all of it is on disk, and only then has its name."""
+    shards.write_index(temp, made)
+    write_json(temp / CONFIG, config)
+    for path in files:
+        shutil.copyfile(path, temp / path.name)
+    sync_tree(temp)
+    temp.rename(directory)
+    sync(directory.parent)
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """config.json as it stands; ConfigError where it cannot be read."""
+    return _read_json(Path(directory) / CONFIG)
+
+
 def read_model(directory: str | Path) -> Model:
     """The Model that a directory's config.json describes, with `path` set to it."""
     directory = Path(directory)
-    return model_from_config(_read_json(directory / CONFIG), directory.name, str(directory))
+    return model_from_config(read_config(directory), directory.name, str(directory))
+
+
+def read_precision(directory: str | Path, model: Model) -> Precision | None:
+    """The precision of a served directory; None when it is not quantised, ConfigError when nobody reads it."""
+    directory = Path(directory)
+    quantization = read_config(directory).get("quantization_config")
+    try:
+        return from_hf(quantization, model.params(), model.moe is not None) if quantization else None
+    except ConfigError as error:
+        raise ConfigError(f"{directory / CONFIG}: {'; '.join(m.message for m in error.mistakes)}") from None
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{directory / CONFIG}: quantization_config cannot be read: {error!r}") from None
 
 
 def load(directory: str | Path) -> tuple[Model, Precision | None, dict[str, Parts]]:
@@ -382,26 +359,13 @@ def load(directory: str | Path) -> tuple[Model, Precision | None, dict[str, Part
     """
     directory = Path(directory)
     model = read_model(directory)
-    params, moe = list(model.params()), model.moe is not None
-    quantization = _read_json(directory / CONFIG).get("quantization_config")
-    try:
-        precision = from_hf(quantization, params, moe) if quantization else None
-    except ConfigError as error:
-        raise ConfigError(f"{directory / CONFIG}: {error}") from None
-    expected = _Layouts(precision, moe)
-    with _Tensors(directory) as stored:
-        stored.check(model, {param.name: expected(param) for param in params})
-        weights = {
-            param.name: {suffix: stored.get(part_name(param.name, suffix)) for suffix in expected(param)}
-            for param in params
-        }
-        for param in params:
-            for suffix, (_, dtype) in expected(param).items():
-                part = weights[param.name][suffix]
-                if dtype is not None and part.dtype != dtype:
-                    weights[param.name][suffix] = part.to(dtype)
-                if part.is_floating_point():
-                    stored.check_finite(part_name(param.name, suffix), part)
+    precision = read_precision(directory, model)
+    stored = Stored(directory, model, precision)
+    weights = {param.name: stored.parts(param) for param in model.params()}
+    for param in model.params():
+        for suffix, part in weights[param.name].items():
+            if part.is_floating_point():
+                stored.check_finite(part_name(param.name, suffix), part)
     return model, precision, weights
 
 
@@ -413,128 +377,142 @@ def load_weights(directory: str | Path, model: Model) -> dict[str, Tensor]:
 def read_weights(directory: str | Path, model: Model) -> Iterator[tuple[str, Tensor]]:
     """As `load_weights`, one tensor at a time in the model's order. ConfigError names file and tensor."""
     directory = Path(directory)
-    config = _read_json(directory / CONFIG)
-    method = (config.get("quantization_config") or {}).get("quant_method")
+    method = (read_config(directory).get("quantization_config") or {}).get("quant_method")
     if method:
         raise ConfigError(
-            f"{directory} is quantised (quant_method {method}); give the 16-bit directory it was made from"
+            f"{directory} is quantised (quant_method {method}); give the 16-bit directory it was made from, "
+            f"or take it back to 16 bits with `lpexp convert bf16`"
         )
-    expected = _Layouts(None, model.moe is not None)
-    with _Tensors(directory) as stored:
-        stored.check(model, {param.name: expected(param) for param in model.params()})
-        for param in model.params():
-            tensor = stored.get(param.name)
-            stored.check_finite(param.name, tensor)
-            yield param.name, tensor.float()
+    stored = Stored(directory, model, None)
+    for param in model.params():
+        tensor = stored.parts(param)["weight"]
+        stored.check_finite(param.name, tensor)
+        yield param.name, tensor.float()
 
 
-Layout = dict[str, tuple[tuple[int, ...], Any]]  # suffix -> shape, dtype (None: any float)
+class Stored:
+    """The tensors of a directory, found and checked: every part there with its shape and dtype, and none beside.
 
+    ConfigError lists all that is wrong. Only headers are read until `parts` is asked.
+    """
 
-class _Layouts:
-    """What parts a tensor must have, found by quantising zeros of its shape: the precision alone knows."""
+    def __init__(self, directory: Path, model: Model, precision: Precision | None):
+        self.directory, self.model, self.precision = directory, model, precision
+        self.moe = model.moe is not None
+        self.place: dict[str, shards.Entry] = {}
+        for file, names in self._names().items():
+            self._open(directory / file, names)
+        self._check()
 
-    def __init__(self, precision: Precision | None, moe: bool):
-        self.precision, self.moe = precision, moe
-        self.known: dict[tuple[int, ...], Layout] = {}
-
-    def __call__(self, param: Param) -> Layout:
-        import torch
-
+    def layout(self, param: Param) -> dict[str, tuple[tuple[int, ...], str | None]]:
+        """suffix -> shape and dtype (None: any float) of what must be there."""
         if self.precision is None or not self.precision.covers(param, self.moe):
             return {"weight": (param.shape, None)}
-        if param.shape not in self.known:
-            parts = self.precision.quantize(torch.zeros(param.shape), param.name)
-            self.known[param.shape] = {suffix: (tuple(part.shape), part.dtype) for suffix, part in parts.items()}
-        return self.known[param.shape]
+        return dict(expected(self.precision, param.shape))
 
-
-class _Tensors:
-    """The safetensors files of a directory, opened; knows which file holds which tensor."""
-
-    def __init__(self, directory: Path):
-        self.directory = directory
-        self.files: dict[str, Any] = {}
-        self.place: dict[str, str] = {}
-        self._stack = ExitStack()
-
-    def __enter__(self) -> _Tensors:
-        from safetensors import SafetensorError, safe_open
-
-        named = self._names()
-        for file, names in named.items():
-            path = self.directory / file
-            try:
-                self.files[file] = self._stack.enter_context(safe_open(path, framework="pt"))
-            except FileNotFoundError:
-                raise ConfigError(f"{path} is missing, {INDEX} says that it holds {_some(names)}") from None
-            except (SafetensorError, OSError) as error:
-                raise ConfigError(f"{path} is not a complete safetensors file ({error}); copy it again") from None
-            present = set(self.files[file].keys())
-            if absent := set(names) - present:
-                raise ConfigError(f"{path} does not hold {_some(absent)}, {INDEX} says that it does")
-            for name in present:
-                if name in self.place:
-                    raise ConfigError(f"{name} is in {self.place[name]} and in {file} of {self.directory}")
-                self.place[name] = file
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._stack.__exit__(*error)
-
-    def get(self, name: str) -> Tensor:
-        return self.files[self.place[name]].get_tensor(name)
-
-    def check(self, model: Model, expected: Mapping[str, Layout]) -> None:
-        """Every part there with its shape and dtype, and nothing beside."""
+    def parts(self, param: Param, first: int = 0, last: int | None = None) -> Parts:
+        """A tensor's parts; or those of its rows first..last, which start and end where the precision's rows do."""
         import torch
 
-        floats = ("F32", "BF16", "F16")
-        problems, seen = [], set()
-        for name, layout in expected.items():
-            for suffix, (shape, dtype) in layout.items():
-                stored = part_name(name, suffix)
-                seen.add(stored)
-                if stored not in self.place:
-                    problems.append(f"{stored} is missing")
-                    continue
-                view = self.files[self.place[stored]].get_slice(stored)
-                found, kind = tuple(view.get_shape()), view.get_dtype()
-                if found != shape:
-                    problems.append(f"{self.place[stored]}: {stored} has shape {list(found)}, expected {list(shape)}")
-                elif dtype is None and kind not in floats:
-                    problems.append(f"{self.place[stored]}: {stored} is {kind}, expected one of {', '.join(floats)}")
-                elif dtype is not None:
-                    widened = kind == "I32" and dtype == torch.int64
-                    if (got := view[0:0].dtype) != dtype and not widened:
-                        problems.append(f"{self.place[stored]}: {stored} is {got}, expected {dtype}")
-        for stored in sorted(set(self.place) - seen):
-            if stored.endswith("rotary_emb.inv_freq"):
-                continue  # a table that old exports carry; it is computed here
-            if stored == "lm_head.weight" and model.tie_word_embeddings:
-                if torch.equal(self.get(stored), self.get("model.embed_tokens.weight")):
-                    continue
-                problems.append(
-                    f"{self.place[stored]}: {stored} differs from the embedding, {CONFIG} says they are tied"
-                )
+        rows = slice(first, param.shape[0] if last is None else last)
+        whole = rows == slice(0, param.shape[0])
+        layout = self.layout(param)
+        fixed = {} if self.precision is None or len(layout) == 1 else self.precision.fixed(param.shape)
+        found = {}
+        for suffix, (shape, dtype) in layout.items():
+            entry = self.place[part_name(param.name, suffix)]
+            if whole:
+                part = shards.read(self.directory, entry)
+            elif suffix in fixed:
+                assert self.precision is not None
+                part = self.precision.fixed((rows.stop - rows.start, *param.shape[1:]))[suffix]
             else:
-                problems.append(f"{self.place[stored]}: {stored} is no tensor of {model.name}")
-        if problems:
-            more = [f"... and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-            lines = "\n  ".join([*problems[:SHOWN], *more])
-            raise ConfigError(f"{self.directory} does not hold the weights of {model.name}:\n  {lines}")
+                step = -(-param.shape[0] // shape[0])  # rows of the tensor to one of the part
+                part = shards.read(self.directory, entry, rows.start // step, -(-rows.stop // step))
+            found[suffix] = part if dtype is None else part.to(getattr(torch, dtype))
+            if whole and suffix in fixed and not torch.equal(found[suffix], fixed[suffix]):
+                told = found[suffix].tolist()
+                raise ConfigError(f"{self.where(param.name, suffix)} says {told}, the tensor is {list(param.shape)}")
+        return found
 
-    def check_finite(self, name: str, tensor: Tensor) -> None:
+    def where(self, name: str, suffix: str = "weight") -> str:
+        """File and tensor, for messages."""
+        stored = part_name(name, suffix)
+        return f"{self.directory / self.place[stored].file}: {stored}"
+
+    def check_finite(self, stored: str, tensor: Tensor) -> None:
         """NonFiniteWeightError naming file and tensor."""
         from lpexp.precision.numeric import check_finite
 
-        check_finite(tensor.float(), f"{self.directory / self.place[name]}: {name}")
+        check_finite(tensor.float(), f"{self.directory / self.place[stored].file}: {stored}")
+
+    def _open(self, path: Path, names: list[str]) -> None:
+        try:
+            held = shards.read_header(path)
+        except FileNotFoundError:
+            raise ConfigError(f"{path} is missing, {INDEX} says that it holds {_some(names)}") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path} is not a complete safetensors file ({error}); copy it again") from None
+        if absent := set(names) - set(held):
+            raise ConfigError(f"{path} does not hold {_some(absent)}, {INDEX} says that it does")
+        for name, entry in held.items():
+            if name in self.place:
+                raise ConfigError(f"{name} is in {self.place[name].file} and in {path.name} of {self.directory}")
+            self.place[name] = entry
+
+    def _check(self) -> None:
+        floats = ("float32", "bfloat16", "float16")
+        problems, seen = [], set()
+        for param in self.model.params():
+            for suffix, (shape, dtype) in self.layout(param).items():
+                stored = part_name(param.name, suffix)
+                seen.add(stored)
+                entry = self.place.get(stored)
+                if entry is None:
+                    problems.append(f"{stored} is missing")
+                    continue
+                widened = (entry.dtype, dtype) == ("int32", "int64")
+                if entry.shape != shape:
+                    problems.append(f"{entry.file}: {stored} has shape {list(entry.shape)}, expected {list(shape)}")
+                elif dtype is None and entry.dtype not in floats:
+                    problems.append(f"{entry.file}: {stored} is {entry.dtype}, expected {', '.join(floats)}")
+                elif dtype is not None and entry.dtype != dtype and not widened:
+                    problems.append(f"{entry.file}: {stored} is {entry.dtype}, expected {dtype}")
+        for stored in sorted(set(self.place) - seen):
+            file = self.place[stored].file
+            if stored.endswith("rotary_emb.inv_freq"):
+                continue  # a table that old exports carry; it is computed here
+            if stored == "lm_head.weight" and self.model.tie_word_embeddings:
+                if not self._equal(stored, "model.embed_tokens.weight"):
+                    problems.append(f"{file}: {stored} differs from the embedding, {CONFIG} says they are tied")
+            else:
+                problems.append(f"{file}: {stored} is no tensor of {self.model.name}")
+        if problems:
+            more = [f"... and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+            lines = "\n  ".join([*problems[:SHOWN], *more])
+            raise ConfigError(f"{self.directory} does not hold the weights of {self.model.name}:\n  {lines}")
+
+    def _equal(self, a: str, b: str) -> bool:
+        """Are two stored tensors the same values? A few rows are read at a time."""
+        import torch
+
+        one, other = self.place[a], self.place.get(b)
+        if other is None or one.shape != other.shape:
+            return False
+        step = max(1, ROWS_BYTES // one.row_bytes)
+        return all(
+            torch.equal(*(shards.read(self.directory, e, r, min(r + step, e.shape[0])) for e in (one, other)))
+            for r in range(0, one.shape[0], step)
+        )
 
     def _names(self) -> dict[str, list[str]]:
         """{file: the tensors that the index places in it}; for a directory of one file, no claim is made."""
         if (self.directory / INDEX).exists():
             named: dict[str, list[str]] = defaultdict(list)
-            for name, file in _read_json(self.directory / INDEX).get("weight_map", {}).items():
+            weight_map = _read_json(self.directory / INDEX).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise ConfigError(f"{self.directory / INDEX} has no weight_map; write the index again")
+            for name, file in weight_map.items():
                 if Path(file).name != file:
                     raise ConfigError(f"{self.directory / INDEX} places {name} outside of its directory, in {file}")
                 named[file].append(name)

@@ -69,6 +69,20 @@ class CharTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         return "".join(_CHAR.get(index, UNWRITTEN) for index in _before_stop(ids, self.stop_id))
 
+    def save(self, directory: Path) -> None:
+        """The same table as tokenizer.json and tokenizer_config.json, which `HfTokenizer` and transformers read."""
+        import tokenizers
+        from tokenizers import decoders, models, pre_tokenizers
+
+        stop = "<STOP>"  # the table has no capitals, so no text holds it
+        inner = tokenizers.Tokenizer(models.WordLevel({UNWRITTEN: PAD, stop: STOP, **_ID}))
+        inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")  # type: ignore[assignment]  # every character alone
+        inner.decoder = decoders.Fuse()  # type: ignore[assignment]  # and joined by nothing
+        inner.add_special_tokens([stop])
+        inner.save(str(directory / "tokenizer.json"))
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": stop, "pad_token": UNWRITTEN}
+        (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+
 
 class HfTokenizer:
     """tokenizer.json through the `tokenizers` library, stop token and chat template of tokenizer_config.json."""

@@ -11,9 +11,12 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import math
 import pkgutil
+import re
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import PlainValidator
@@ -45,6 +48,60 @@ def _judge_scope(value: Any) -> str | tuple[str, ...]:
 # "auto", "experts", "linears", or names: module classes ("attn_qkv") and whole tensors.
 Scope = Annotated[str | tuple[str, ...], PlainValidator(_judge_scope)]
 Parts = dict[str, "Tensor"]  # suffix -> tensor: {"weight": ...} or {"weight_packed": ..., "weight_scale": ...}
+Layout = dict[str, tuple[tuple[int, ...], str]]  # suffix -> shape, dtype as torch names it
+# dtype -> its word in a safetensors header, bytes of an element.
+STORED = {
+    "float32": ("F32", 4),
+    "float16": ("F16", 2),
+    "bfloat16": ("BF16", 2),
+    "float8_e4m3fn": ("F8_E4M3", 1),
+    "int64": ("I64", 8),
+    "int32": ("I32", 4),
+    "int8": ("I8", 1),
+    "uint8": ("U8", 1),
+}
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What quantisation did, in counts and sums that add up over rows, tensors and processes."""
+
+    lost: float = 0.0  # sum of (W - dq(W))^2
+    total: float = 0.0  # sum of W^2
+    codes: int = 0
+    saturated: int = 0  # codes at an end of the range
+    blocks: int = 0
+    zero_blocks: int = 0  # blocks whose weights are all zero
+    scale_min: float = math.inf
+    scale_max: float = 0.0
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(
+            self.lost + other.lost,
+            self.total + other.total,
+            self.codes + other.codes,
+            self.saturated + other.saturated,
+            self.blocks + other.blocks,
+            self.zero_blocks + other.zero_blocks,
+            min(self.scale_min, other.scale_min),
+            max(self.scale_max, other.scale_max),
+        )
+
+    def row(self) -> list[Any]:
+        return list(vars(self).values())
+
+    def stats(self) -> dict[str, float]:
+        """Keys of the `quant/*` metrics: error norm(W - dq(W)) / norm(W) and its SQNR in dB, shares, extreme scales."""
+        relative = math.sqrt(self.lost / self.total) if self.total else 0.0
+        found = {"rel_error": relative, "sqnr_db": -20 * math.log10(relative) if relative else math.inf}
+        if self.codes:
+            found |= {
+                "saturated_frac": self.saturated / self.codes,
+                "zero_block_frac": self.zero_blocks / self.blocks,
+                "scale_min": self.scale_min,
+                "scale_max": self.scale_max,
+            }
+        return found
 
 
 class Precision(Spec):
@@ -56,6 +113,9 @@ class Precision(Spec):
     carries: ClassVar[Literal["bfloat16", "float32"]] = (
         "bfloat16"  # the values between modules, which `round` rounds to
     )
+    rows: ClassVar[int | None] = (
+        None  # so many rows are quantised alone to the bytes of the whole; None: only the whole
+    )
     reads: ClassVar[str] = ""  # the kind of `quantization_config` that `read_hf` understands
 
     # -- what is quantised -----------------------------------------------------------------------------------------
@@ -65,6 +125,10 @@ class Precision(Spec):
 
     def judge(self, params: Iterable[Param], moe: bool) -> Iterable[Mistake]:
         """Mistakes that only show on a model: a group that does not divide, a scope that covers nothing."""
+        return ()
+
+    def warnings(self, params: Iterable[Param], moe: bool) -> Iterable[str]:
+        """What a person should know who serves this model so: tensors that another reader cannot read."""
         return ()
 
     # -- the wire --------------------------------------------------------------------------------------------------
@@ -113,9 +177,23 @@ class Precision(Spec):
     def plain(self) -> Precision:
         """The unquantised precision of everything that `covers` leaves out."""
 
+    def layout(self, shape: tuple[int, ...]) -> Layout | None:
+        """What `quantize` makes of a tensor of this shape, without torch; None: not said."""
+        return None
+
     def served_bytes(self, shape: tuple[int, ...]) -> int | None:
         """Bytes of what `quantize` makes of a tensor of this shape, for plans; None: not said."""
-        return None
+        layout = self.layout(shape)
+        return None if layout is None else size_of(layout)
+
+    def fixed(self, shape: tuple[int, ...]) -> Parts:
+        """The parts that depend on the tensor's shape alone; all others have rows, as the tensor has."""
+        return {}
+
+    @property
+    def closed(self) -> bool:
+        """Does quantising its own decoded bf16 values again change no decoded value?"""
+        return False
 
     # -- the neighbours --------------------------------------------------------------------------------------------
     def hf(self, params: Iterable[Param], moe: bool) -> dict[str, Any] | None:
@@ -140,11 +218,29 @@ class Precision(Spec):
         quantised, plain = json.dumps(self.format(), sort_keys=True), json.dumps(self.plain.format(), sort_keys=True)
         return {p.name: quantised if self.covers(p, moe) else plain for p in params}
 
-    def stats(self, weight: Tensor, parts: Parts) -> dict[str, float]:
-        """What quantisation did to one tensor, keys of the `quant/*` metrics."""
+    def tally(self, weight: Tensor, parts: Parts) -> Tally:
+        """What quantisation did to this tensor, or to these rows of it."""
         from lpexp.precision import numeric
 
-        return numeric.error(weight, self.dequantize(parts))
+        return numeric.tally(weight, self.dequantize(parts))
+
+    def stats(self, weight: Tensor, parts: Parts) -> dict[str, float]:
+        """What quantisation did to one tensor, keys of the `quant/*` metrics."""
+        return self.tally(weight, parts).stats()
+
+
+class Scoped(Precision):
+    """A precision with a `scope`: which linears it takes."""
+
+    ABSTRACT: ClassVar[bool] = True
+    auto: ClassVar[str] = "linears"  # what the scope "auto" means here
+    scope: Scope = "auto"
+
+    def covers(self, param: Param, moe: bool) -> bool:
+        return scope_covers(self.auto if self.scope == "auto" else self.scope, param, moe)
+
+    def judge(self, params: Iterable[Param], moe: bool) -> Iterable[Mistake]:
+        yield from judge_scope(self, self.scope, list(params), moe)
 
 
 def side(param: Param, precision: Precision, moe: bool) -> Precision:
@@ -154,6 +250,22 @@ def side(param: Param, precision: Precision, moe: bool) -> Precision:
 
         return Fp32(name="fp32")
     return precision if precision.covers(param, moe) else precision.plain
+
+
+def expected(precision: Precision, shape: tuple[int, ...]) -> Layout:
+    """The layout that a precision says, or that it shows on a tensor of zeros."""
+    layout = precision.layout(shape)
+    if layout is not None:
+        return layout
+    import torch
+
+    parts = precision.quantize(torch.zeros(shape))
+    return {suffix: (tuple(part.shape), str(part.dtype).removeprefix("torch.")) for suffix, part in parts.items()}
+
+
+def size_of(layout: Layout) -> int:
+    """Bytes of all parts."""
+    return sum(math.prod(shape) * STORED[dtype][1] for shape, dtype in layout.values())
 
 
 def digest(contract: dict[str, str]) -> str:
@@ -181,7 +293,7 @@ def _formats() -> list[type[Precision]]:
     """Every class beside this file that reads a served checkpoint."""
     found = []
     for module in pkgutil.iter_modules(__path__):
-        if module.name not in ("numeric", "wire", "e4m3"):  # no formats, and they import torch
+        if module.name not in ("numeric", "wire", "e4m3", "targets"):  # no formats
             members = vars(importlib.import_module(f"{__name__}.{module.name}")).values()
             found += [m for m in members if isinstance(m, type) and issubclass(m, Precision) and m.reads]
     return sorted(set(found), key=lambda kind: kind.reads)
@@ -217,6 +329,11 @@ def judge_scope(
         yield Mistake("scope", f"{scope} covers nothing: the model has no routed experts; use linears")
 
 
+def patterns(names: Iterable[str]) -> str:
+    """Names of tensors with layers and experts as stars, each once."""
+    return ", ".join(dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name.removesuffix(".weight")) for name in names))
+
+
 def left_out(precision: Precision, params: Iterable[Param], moe: bool) -> list[str]:
     """Sorted module names of every linear that stays plain, the head (tied or not) among them."""
     linears = (p for p in params if p.kind in (*LINEARS, "head", "router"))
@@ -224,11 +341,20 @@ def left_out(precision: Precision, params: Iterable[Param], moe: bool) -> list[s
 
 
 def read_scope(kind: type[Precision], ignored: Iterable[str], params: list[Param], moe: bool) -> str | tuple[str, ...]:
-    """The scope that leaves out just these modules; "auto" when the model's tensors are not known."""
+    """The scope that leaves out just these modules; "auto" when the model's tensors are not known.
+
+    Modules are named whole, or by a regular expression after "re:" that fits from their start, as engines read it.
+    """
     if not params:
         return "auto"
+    ignored = list(ignored)
+    names = {word for word in ignored if not word.startswith("re:")}
+    patterns = [re.compile(word.removeprefix("re:")) for word in ignored if word.startswith("re:")]
+    linears = [(p.name, p.name.removesuffix(".weight")) for p in params if p.kind in LINEARS]
+    covered = [name for name, at in linears if at not in names and not any(p.match(at) for p in patterns)]
     for scope in SCOPES:
-        if left_out(kind.model_validate({"name": "", "scope": scope}), params, moe) == sorted(ignored):
+        read = kind.model_validate({"name": "", "scope": scope})
+        # A router or a head that is not listed changes nothing: no scope takes one.
+        if covered and covered == [p.name for p in params if read.covers(p, moe)]:
             return scope
-    ignored = set(ignored)
-    return tuple(p.name for p in params if p.kind in LINEARS and p.name.removesuffix(".weight") not in ignored)
+    return tuple(covered)

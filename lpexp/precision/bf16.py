@@ -6,12 +6,11 @@ Left out: unrounded outputs, which head and router ask for with `accumulate`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lpexp.data import Param
-from lpexp.precision import Parts, Precision
+from lpexp.precision import Layout, Parts, Precision
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,6 +18,8 @@ if TYPE_CHECKING:
 
 class Bf16(Precision):
     """The 16-bit model: what every quantiser starts from, and the plain precision beside each of them."""
+
+    rows: ClassVar[int | None] = 1
 
     def covers(self, param: Param, moe: bool) -> bool:
         return False
@@ -66,8 +67,12 @@ class Bf16(Precision):
         w = numeric.bf16(weight.detach()) if operand is None else operand
         return numeric.accumulate(x, weight, w, True)
 
-    def served_bytes(self, shape: tuple[int, ...]) -> int:
-        return 2 * math.prod(shape)
+    def layout(self, shape: tuple[int, ...]) -> Layout:
+        return {"weight": (shape, "bfloat16")}
+
+    @property
+    def closed(self) -> bool:
+        return True
 
     @property
     def plain(self) -> Precision:

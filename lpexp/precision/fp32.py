@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lpexp.data import Param
-from lpexp.precision import Parts, Precision
+from lpexp.precision import Layout, Parts, Precision
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,6 +16,7 @@ class Fp32(Precision):
     """Weights, activations and gradients in float32."""
 
     carries: ClassVar = "float32"
+    rows: ClassVar[int | None] = 1
 
     def covers(self, param: Param, moe: bool) -> bool:
         return False
@@ -55,8 +55,12 @@ class Fp32(Precision):
     def accumulate(self, x: Tensor, weight: Tensor, operand: Tensor | None = None) -> Tensor:
         return self.linear(x, weight, operand)
 
-    def served_bytes(self, shape: tuple[int, ...]) -> int:
-        return 4 * math.prod(shape)
+    def layout(self, shape: tuple[int, ...]) -> Layout:
+        return {"weight": (shape, "float32")}
+
+    @property
+    def closed(self) -> bool:
+        return True
 
     @property
     def plain(self) -> Precision:

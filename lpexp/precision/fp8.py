@@ -3,7 +3,7 @@
 All three products of a training step read codes: Y = X W^T with runs along K, dX = dY W with runs along N,
 dW = dY^T X with runs along the rows M (quantised from the bf16 originals, not from the other runs' codes).
 Each block of the inner dimension is one float32 product, scaled and added in increasing order; bf16 outside.
-Left out: per-tensor and per-channel scales, e5m2 gradients. Recipe: Transformer Engine `Float8BlockScaling`;
+Left out: scales a tensor or a channel (fp8_scaled.py), e5m2 gradients. Recipe: Transformer Engine `Float8BlockScaling`;
 quantiser: round(clamp(x / s)) with s = max(amax, 1e-10) / 448, as SGLang's CUDA kernel computes it.
 """
 
@@ -14,8 +14,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from lpexp.data import Param
-from lpexp.errors import Mistake
-from lpexp.precision import Parts, Precision, Scope, judge_scope, left_out, read_scope, scope_covers
+from lpexp.precision import Layout, Parts, Precision, Scoped, Tally, left_out, patterns, read_scope
 from lpexp.precision.bf16 import Bf16
 
 if TYPE_CHECKING:
@@ -32,19 +31,17 @@ class Operand(NamedTuple):
     scale_BK: Tensor  # float32 [ceil(N / 128), K]: the same for dY W
 
 
-class Fp8(Precision):
+class Fp8(Scoped):
     """Block-scaled e4m3; `backward` says what the gradient products read."""
 
     reads: ClassVar[str] = "fp8 with weight_block_size [128, 128] and dynamic activations"
-    scope: Scope = "auto"
+    rows: ClassVar[int | None] = 128
     scale_format: Literal["fp32", "pow2"] = "fp32"
     backward: Literal["quantised", "high_precision", "dequantised"] = "quantised"
 
-    def covers(self, param: Param, moe: bool) -> bool:
-        return scope_covers("linears" if self.scope == "auto" else self.scope, param, moe)
-
-    def judge(self, params: Iterable[Param], moe: bool) -> Iterable[Mistake]:
-        yield from judge_scope(self, self.scope, list(params), moe)
+    def warnings(self, params: Iterable[Param], moe: bool) -> Iterable[str]:
+        if cut := [p.name for p in params if self.covers(p, moe) and any(n > 128 and n % 128 for n in p.shape)]:
+            yield f"transformers cannot read tensors that end inside a block of 128 (lpexp can): {patterns(cut)}"
 
     def quantize(self, weight: Tensor, name: str = "weight") -> Parts:
         from lpexp.precision import numeric
@@ -87,12 +84,15 @@ class Fp8(Precision):
         return _product().apply(x, weight, made, self)
 
     def serve(self, x: Tensor, operand: Operand) -> Tensor:
-
         return _forward(x, operand, self._pow2)
 
-    def served_bytes(self, shape: tuple[int, ...]) -> int:
-        rows, cols = shape
-        return rows * cols + 4 * -(-rows // 128) * -(-cols // 128)
+    def layout(self, shape: tuple[int, ...]) -> Layout:
+        tiles = (-(-shape[0] // 128), -(-shape[1] // 128))
+        return {"weight": (shape, "float8_e4m3fn"), "weight_scale_inv": (tiles, "float32")}
+
+    @property
+    def closed(self) -> bool:
+        return True
 
     @property
     def plain(self) -> Precision:
@@ -121,19 +121,17 @@ class Fp8(Precision):
 
     @classmethod
     def read_hf(cls, config: dict[str, Any], params: list[Param], moe: bool) -> Precision | None:
-        if config.get("quant_method") != "fp8":
-            return None
-        if config.get("weight_block_size") != [128, 128] or config.get("activation_scheme") != "dynamic":
+        given = [config.get(key) for key in ("quant_method", "weight_block_size", "activation_scheme")]
+        if given != ["fp8", [128, 128], "dynamic"]:
             return None
         scope = read_scope(cls, config.get("modules_to_not_convert") or [], params, moe)
         return cls(name="fp8", scope=scope, scale_format="pow2" if config.get("scale_fmt") == "ue8m0" else "fp32")
 
-    def stats(self, weight: Tensor, parts: Parts) -> dict[str, float]:
+    def tally(self, weight: Tensor, parts: Parts) -> Tally:
         from lpexp.precision import numeric
 
-        codes, scale = numeric.from_e4m3(parts["weight"]), parts["weight_scale_inv"]
-        top = numeric.E4M3_MAX
-        return super().stats(weight, parts) | numeric.code_stats(weight, codes, scale, (128, 128), -top, top)
+        codes, scale, top = numeric.from_e4m3(parts["weight"]), parts["weight_scale_inv"], numeric.E4M3_MAX
+        return numeric.tally(weight, self.dequantize(parts), codes, scale, (128, 128), -top, top)
 
 
 def _forward(x: Tensor, operand: Operand, pow2: bool) -> Tensor:

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 
 from lpexp import kernels
 from lpexp.errors import NonFiniteWeightError, RunError
-from lpexp.precision import e4m3
+from lpexp.precision import Tally, e4m3
 
 PAD_ROWS = 16  # a product of a multiple of 16 rows has the same bits in every row, however many rows there are
 BLOCK = 128
@@ -268,7 +268,7 @@ def block_outer(q_y: Tensor, s_y: Tensor, q_x: Tensor, s_x: Tensor) -> Tensor:
     return total
 
 
-# -- 4-bit groups --------------------------------------------------------------------------------------------------
+# -- integers in groups ---------------------------------------------------------------------------------------------
 def quantize_groups(w: Tensor, group: int, divisor: float, low: int, high: int) -> tuple[Tensor, Tensor]:
     """A finite weight [N, K] in groups along K -> codes int8 [N, K], scales bf16 [N, K / group].
 
@@ -287,37 +287,41 @@ def dequantize_groups(codes: Tensor, scale: Tensor) -> Tensor:
     return bf16(groups * scale.to(torch.float32)[:, :, None]).view(codes.shape)
 
 
-def pack_nibbles(codes: Tensor) -> Tensor:
-    """int8 [N, K] in -8..7 -> int32 [N, K / 8], offset-binary, the first element in the lowest bits."""
-    v = (codes + 8).to(torch.uint8)
-    return (v[:, 0::2] | (v[:, 1::2] << 4)).contiguous().view(torch.int32)  # bytes of a little-endian word
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """int8 [N, K] codes of 4 or 8 bits -> int32 [N, K * bits / 32], offset-binary, the first in the lowest bits."""
+    v = (codes.to(torch.int16) + (1 << bits - 1)).to(torch.uint8)
+    if bits == 4:
+        v = v[:, 0::2] | (v[:, 1::2] << 4)
+    return v.contiguous().view(torch.int32)  # bytes of a little-endian word
 
 
-def unpack_nibbles(packed: Tensor) -> Tensor:
-    """The inverse of `pack_nibbles`: int8 [N, K]."""
-    pairs = packed.contiguous().view(torch.uint8)
-    return torch.stack((pairs & 15, pairs >> 4), 2).view(packed.shape[0], -1).to(torch.int8) - 8
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """The inverse of `pack`: int8 [N, K]."""
+    v = packed.contiguous().view(torch.uint8)
+    if bits == 4:
+        v = torch.stack((v & 15, v >> 4), 2).view(packed.shape[0], -1)
+    return (v - (1 << bits - 1)).view(torch.int8)
 
 
 # -- what quantisation did -----------------------------------------------------------------------------------------
-def error(weight: Tensor, served: Tensor) -> dict[str, float]:
-    """Relative error norm(W - dq(W)) / norm(W) and its SQNR in dB (infinite when nothing was lost)."""
-    w = weight.detach().to(torch.float64)
-    norm, lost = float(w.norm()), float((w - served.to(torch.float64)).norm())
-    relative = lost / norm if norm else 0.0
-    return {"rel_error": relative, "sqnr_db": -20 * float(torch.tensor(relative).log10()) if lost else float("inf")}
-
-
-def code_stats(
-    weight: Tensor, codes: Tensor, scale: Tensor, block: tuple[int, int], low: float, high: float
-) -> dict[str, float]:
-    """Share of codes at an end of the range, share of blocks whose weights are all zero, extremes of the scales."""
+def tally(
+    weight: Tensor,
+    served: Tensor,
+    codes: Tensor | None = None,
+    scale: Tensor | None = None,
+    block: tuple[int, int] = (1, 1),
+    low: float = 0,
+    high: float = 0,
+) -> Tally:
+    """Squares of W and of W - dq(W); with codes, those at an end of the range, blocks of zeros, extreme scales."""
+    w = weight.detach().to(torch.float64).flatten()
+    lost = served.to(torch.float64).flatten().neg_().add_(w)
+    sums = float(lost @ lost), float(w @ w)
+    if codes is None or scale is None:
+        return Tally(*sums)
     rows, cols = block
     padded = pad_to(weight.detach(), rows, cols)
     nonzero = (padded != 0).view(padded.shape[0] // rows, rows, -1, cols).any(3).any(1)
-    return {
-        "saturated_frac": float(((codes <= low) | (codes >= high)).double().mean()),
-        "zero_block_frac": float((~nonzero).double().mean()),
-        "scale_min": float(scale.min()),
-        "scale_max": float(scale.max()),
-    }
+    saturated = int(((codes <= low) | (codes >= high)).sum())
+    zero = nonzero.numel() - int(nonzero.sum())
+    return Tally(*sums, codes.numel(), saturated, nonzero.numel(), zero, float(scale.min()), float(scale.max()))

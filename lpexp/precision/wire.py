@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
@@ -51,3 +52,9 @@ def checksum(weights: Mapping[str, Parts]) -> str:
             found.update(f"{name}|{suffix}|{dtype}|{shape}|".encode())
             found.update(raw.tobytes())
     return found.hexdigest()[:16]
+
+
+def quantized_share(params: Iterable[Param], precision: Precision, moe: bool) -> float:
+    """Parameters that travel quantised / all of them."""
+    sizes = [(math.prod(param.shape), precision.covers(param, moe)) for param in params]
+    return sum(size for size, covered in sizes if covered) / sum(size for size, _ in sizes)

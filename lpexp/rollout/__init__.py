@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from pydantic import Field
 
 from lpexp.config import Spec
-from lpexp.data import Group, Prompt
+from lpexp.data import Group, Prompt, SyncReport
 from lpexp.errors import Mistake
 from lpexp.precision import Precision
 
@@ -51,6 +51,10 @@ class Rollout(Protocol):
         """Serve these weights from now on; what is sampled after this call is sampled by them."""
         ...
 
+    def open(self, directory: str) -> SyncReport:
+        """Serve the parts that a directory holds, as they are stored, as version 0."""
+        ...
+
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> Pending:
         """Start generating `sampling.samples` answers to each prompt; random numbers are keyed by `step`."""
         ...
@@ -63,7 +67,7 @@ class RolloutSpec(Spec):
 
     ABSTRACT: ClassVar[bool] = True
     precision: Precision | None = None
-    checkpoint: str | None = None  # a served checkpoint directory that fixes the rollout's precision
+    checkpoint: str | None = None  # a served directory: it fixes the rollout's precision and is version 0
     temperature: float = Field(default=1.0, gt=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)

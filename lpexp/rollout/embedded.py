@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from pydantic import Field
 
-from lpexp.data import Group, Prompt, Sample
+from lpexp.data import Group, Prompt, Sample, SyncReport
 from lpexp.errors import RunError
 from lpexp.precision import digest
 from lpexp.rollout import RolloutSpec, Sampling
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from lpexp.cluster import Future, Handle, Workers
     from lpexp.experiment import Experiment
+    from lpexp.precision import Parts
     from lpexp.precision.wire import Frozen
 
 
@@ -70,19 +71,29 @@ class EmbeddedEngine:
         self.version = -1
 
     def contract(self) -> dict[str, str]:
-        """What this engine serves, from its own copy of the config."""
-        return self.exp.wire.contract(self.model.params(), self.model.moe is not None)
+        """What this engine serves, from its own copy of the config, or from the directory that it will load."""
+        from lpexp.model.served import precision_of
 
-    def load(self, parts: dict[str, dict[str, Frozen]], version: int) -> tuple[str, float]:
-        """Serve these parts from now on; returns the checksum of what is held, and seconds."""
+        directory = self.exp.rollout.checkpoint
+        precision = self.exp.wire if directory is None else precision_of(directory, self.model)
+        return precision.contract(self.model.params(), self.model.moe is not None)
+
+    def load(self, shards: dict[str, dict[str, Frozen]] | str, version: int) -> tuple[str, float]:
+        """Serve these parts, or those of a directory, from now on; the checksum of what is held, and seconds."""
         from lpexp.model.decoder import ServedWeights
         from lpexp.precision.wire import checksum, thaw
 
         start = time.perf_counter()
-        held = {name: thaw(tensors, self.device) for name, tensors in parts.items()}
+        if isinstance(shards, str):
+            held = {name: self._placed(parts) for name, parts in stored_parts(shards).items()}
+        else:
+            held = {name: thaw(tensors, self.device) for name, tensors in shards.items()}
         self.weights = ServedWeights(self.model, self.exp.wire, held)
         self.version = version
         return checksum(held), time.perf_counter() - start
+
+    def _placed(self, parts: Parts) -> Parts:
+        return {suffix: part.to(self.device) for suffix, part in parts.items()}
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> tuple[list[Group], float]:
         """`sampling.samples` answers to each prompt, in order; and the seconds that took."""
@@ -91,6 +102,13 @@ class EmbeddedEngine:
         begin = time.perf_counter()
         with torch.inference_mode():
             return Generation(self, prompts, sampling, step).run(), time.perf_counter() - begin
+
+
+def stored_parts(directory: str) -> dict[str, Parts]:
+    """What a served directory holds: {tensor: parts}, as its quantiser left them."""
+    from lpexp.model import hf
+
+    return hf.load(directory)[2]
 
 
 @dataclass
@@ -283,6 +301,19 @@ class EmbeddedRollout:
     def load(self, shards: Any, version: int) -> EmbeddedLoading:
         self.shards, self.version = shards, version
         return EmbeddedLoading(self, ("load", shards, version))
+
+    def open(self, directory: str) -> SyncReport:
+        """Every engine reads the directory by itself; what they hold is compared with what lies on disk."""
+        from lpexp.precision.wire import checksum, quantized_share
+
+        begin, model = time.perf_counter(), self.exp.model.sized()
+        parts = stored_parts(directory)
+        sent, size = checksum(parts), sum(part.nbytes for one in parts.values() for part in one.values())
+        del parts
+        held, seconds = self.load(directory, 0).result()
+        share = quantized_share(model.params(), self.exp.wire, model.moe is not None)
+        spent = seconds | {"sync": time.perf_counter() - begin}
+        return SyncReport(0, size, spent, sent, tuple(held), share, {})
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> EmbeddedPending:
         return EmbeddedPending(self, prompts, sampling, step)

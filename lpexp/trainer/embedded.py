@@ -273,9 +273,9 @@ class EmbeddedRank:
         return frozen, SyncReport(version, size, seconds, sent, (), self._quantized_share(), {})
 
     def _quantized_share(self) -> float:
-        moe = self.model.moe is not None
-        sizes = [(math.prod(p.shape), self.exp.wire.covers(p, moe)) for p in self.params]
-        return sum(size for size, covered in sizes if covered) / sum(size for size, _ in sizes)
+        from lpexp.precision.wire import quantized_share
+
+        return quantized_share(self.params, self.exp.wire, self.model.moe is not None)
 
     def prepare(self, version: int, measure: bool) -> dict[str, dict[str, float]]:
         """Quantise ahead of the next step; with `measure`, also how far the served weights are from these."""

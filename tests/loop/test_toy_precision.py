@@ -48,6 +48,7 @@ def test_the_toy_serves_a_trainer_of_another_precision_with_a_mismatch(card, inl
 
 @pytest.mark.parametrize("name", ["qwen3_tiny", "qwen3_moe_tiny", "deepseek_tiny"])
 def test_a_model_converted_to_the_toy_reads_back_as_what_it_serves(card, tmp_path, name):
+    from lpexp.convert import convert
     from lpexp.model import hf
     from lpexp.model.decoder import initial_tensors
     from lpexp.precision.bf16 import Bf16
@@ -58,7 +59,7 @@ def test_a_model_converted_to_the_toy_reads_back_as_what_it_serves(card, tmp_pat
     plain = Bf16(name="bf16")
     weights = {n: plain.round(t) for n, t in initial_tensors(small, 1).items()}
     source = hf.save(tmp_path / "plain", small, weights.items(), plain)
-    made = hf.convert(source, tmp_path / "converted", precision)
+    convert(source, made := tmp_path / "converted", precision)
     saved = hf.save(tmp_path / "saved", small, weights.items(), precision)
 
     read, found, parts = hf.load(made)

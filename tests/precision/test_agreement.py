@@ -167,7 +167,7 @@ def test_the_scope_of_a_checkpoint_is_found_from_what_it_left_out():
     "config",
     [
         {"quant_method": "gptq", "bits": 4},
-        {"quant_method": "fp8", "activation_scheme": "dynamic"},
+        {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [64, 64]},
         {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": [128, 128]},
         {
             "quant_method": "compressed-tensors",

@@ -73,8 +73,8 @@ def test_a_group_of_zeros_has_the_floor_scale_and_decodes_to_positive_zero():
 
 def test_nibbles_are_packed_lowest_first_as_in_the_printed_example():
     codes = torch.tensor([[-7, -3, 0, 7, 1, -1, 4, 6]], dtype=torch.int8)
-    assert numeric.pack_nibbles(codes).tolist() == [[-327550895]]
-    assert torch.equal(numeric.unpack_nibbles(numeric.pack_nibbles(codes)), codes)
+    assert numeric.pack(codes, 4).tolist() == [[-327550895]]
+    assert torch.equal(numeric.unpack(numeric.pack(codes, 4), 4), codes)
 
 
 # -- torch ------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from tests.precision import contract, toy
 VARIANTS: dict[str, list[dict[str, object]]] = {
     "fp8": [{"scale_format": "pow2"}, {"backward": "high_precision"}, {"backward": "dequantised"}],
     "int4_qat": [{"group_size": 32}, {"group_size": 64, "divisor": 7.5}, {"scope": "linears", "group_size": 32}],
+    "w8a16": [{"group_size": 32}, {"group_size": 64, "divisor": 127.5}],
 }
 ALL = [(card, changes) for card in contract.CARDS for changes in ({}, *VARIANTS.get(card.stem, []))]
 
@@ -28,8 +29,10 @@ def test_precision_keeps_its_promise(card: Path, changes: dict[str, object], che
     check(contract.from_card(card, **changes))
 
 
-def test_the_four_precisions_have_a_card():
+def test_every_precision_has_a_card_and_three_only_serve():
     assert {card.stem for card in contract.CARDS} >= {"fp32", "bf16", "fp8", "int4_qat"}
+    serving = {card.stem for card in contract.CARDS if not contract.from_card(card).trains}
+    assert serving == {"fp8_channel", "fp8_tensor", "w8a16"}
 
 
 def test_a_precision_of_one_file_and_one_card_is_tested_by_existing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -215,15 +215,15 @@ def test_signal_to_noise_of_normal_weights_is_the_measured_one(precision, decibe
 def test_signal_to_noise_of_normal_activations_is_the_measured_one(pow2: bool, decibels: float):
     x = random_weight(2048, 1024)
     codes, scales = numeric.quantize_rows(x, numeric.FLOOR, pow2)
-    assert abs(numeric.error(x, codes * numeric.spread(scales, 1024))["sqnr_db"] - decibels) < 0.3
+    assert abs(numeric.tally(x, codes * numeric.spread(scales, 1024)).stats()["sqnr_db"] - decibels) < 0.3
 
 
 def test_small_gradients_keep_their_precision_and_the_activation_floor_would_lose_them():
     gradient = numeric.bf16(random_weight(64, 128) * 1e-21)
     codes, scales = numeric.quantize_rows(gradient, numeric.FLOOR_GRAD, False)
-    assert numeric.error(gradient, codes * scales)["rel_error"] < 0.03
+    assert numeric.tally(gradient, codes * scales).stats()["rel_error"] < 0.03
     codes, scales = numeric.quantize_rows(gradient, numeric.FLOOR, False)
-    assert numeric.error(gradient, codes * scales)["rel_error"] == 1.0
+    assert numeric.tally(gradient, codes * scales).stats()["rel_error"] == 1.0
 
 
 def test_stats_count_saturated_codes_and_zero_blocks():

@@ -87,8 +87,8 @@ def differing_int4(numeric: ModuleType) -> list[str]:
     for file, grid in GRIDS.items():
         for name, case in cases(file).items():
             codes, scale = numeric.quantize_groups(from_bf16_bits(case["x_bits"]), *grid)
-            packed = numeric.pack_nibbles(codes)
-            served = numeric.dequantize_groups(numeric.unpack_nibbles(packed), scale)
+            packed = numeric.pack(codes, 4)
+            served = numeric.dequantize_groups(numeric.unpack(packed, 4), scale)
             right = {
                 "packed": np.array_equal(bits(packed), case["packed"].view(np.uint32)),
                 "scales": scale.dtype == torch.bfloat16 and np.array_equal(bits(scale), case["scale_bits"]),
