@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 from torch.nn.functional import pad
 
 from lpexp.errors import NonFiniteWeightError, RunError
@@ -125,6 +126,10 @@ def accumulate(x: Tensor, weight: Tensor, w: Tensor, round: Round) -> Tensor:
 # -- checks --------------------------------------------------------------------------------------------------------
 def check_finite(weight: Tensor, name: str) -> None:
     """Raise NonFiniteWeightError with the first bad index, its value and the number of bad values."""
+    if not weight.numel() or all(
+        math.isfinite(end) for end in torch.aminmax(weight.detach())
+    ):  # NaN shows in both ends
+        return
     bad = ~torch.isfinite(weight)
     if bool(bad.any()):
         index = tuple(int(i) for i in bad.nonzero()[0])
@@ -286,21 +291,23 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
 def tally(
     weight: Tensor,
     served: Tensor,
-    codes: Tensor | None = None,
+    ends: Tensor | None = None,
     scale: Tensor | None = None,
     block: tuple[int, int] = (1, 1),
-    low: float = 0,
-    high: float = 0,
 ) -> Tally:
-    """Squares of W and of W - dq(W); with codes, those at an end of the range, blocks of zeros, extreme scales."""
-    w = weight.detach().to(torch.float64).flatten()
-    lost = served.to(torch.float64).flatten().neg_().add_(w)
-    sums = float(lost @ lost), float(w @ w)
-    if codes is None or scale is None:
-        return Tally(*sums)
+    """Squares of W and of W - dq(W); with a mask of the codes at an `end` of the range also blocks and scales."""
+    w = weight.detach().to(torch.float32)
+    total, lost = (float(vector_norm(x, dtype=torch.float64)) ** 2 for x in (w, served - w))
+    if ends is None or scale is None:
+        return Tally(lost, total)
     rows, cols = block
-    padded = pad_to(weight.detach(), rows, cols)
-    nonzero = (padded != 0).view(padded.shape[0] // rows, rows, -1, cols).any(3).any(1)
-    saturated = int(((codes <= low) | (codes >= high)).sum())
-    zero = nonzero.numel() - int(nonzero.sum())
-    return Tally(*sums, codes.numel(), saturated, nonzero.numel(), zero, float(scale.min()), float(scale.max()))
+    padded = pad_to(w, rows, cols)
+    amax = padded.view(padded.shape[0] // rows, rows, -1, cols).abs().amax((1, 3))
+    zero = amax.numel() - int(amax.count_nonzero())
+    saturated = int(ends.count_nonzero())
+    return Tally(lost, total, ends.numel(), saturated, amax.numel(), zero, float(scale.min()), float(scale.max()))
+
+
+def ends_e4m3(codes: Tensor) -> Tensor:
+    """Which codes are +-448."""
+    return (codes.view(torch.uint8) & 0x7F) == 0x7E
