@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 JOB_VALUES = 1 << 25  # of one tensor, for one worker
-SLICE_VALUES = 1 << 19  # in memory at a time: they and their temporaries stay in the processor's cache
+SLICE_VALUES = 1 << 18  # in memory at a time: they and their temporaries stay in the processor's cache
 OTHER = "name its divisor with --divisor"
 NOTES, LOCK = "progress.jsonl", "lock"
 

@@ -130,8 +130,8 @@ class Fp8(Scoped):
     def tally(self, weight: Tensor, parts: Parts) -> Tally:
         from lpexp.precision import numeric
 
-        codes, scale = parts["weight"], parts["weight_scale_inv"]
-        return numeric.tally(weight, self.dequantize(parts), numeric.ends_e4m3(codes), scale, (128, 128))
+        codes, scale, least = parts["weight"], parts["weight_scale_inv"], numeric.least_e4m3(self._pow2)
+        return numeric.tally(weight, self.dequantize(parts), numeric.ends_e4m3(codes), scale, (128, 128), least)
 
 
 def _forward(x: Tensor, operand: Operand, pow2: bool) -> Tensor:

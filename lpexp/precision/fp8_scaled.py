@@ -60,7 +60,8 @@ class Scaled(Scoped):
 
         codes = parts["weight"]
         block = (1 if self.over == "channel" else codes.shape[0], codes.shape[1])
-        return numeric.tally(weight, self.dequantize(parts), numeric.ends_e4m3(codes), parts["weight_scale"], block)
+        ends, least = numeric.ends_e4m3(codes), numeric.least_e4m3(False)
+        return numeric.tally(weight, self.dequantize(parts), ends, parts["weight_scale"], block, least)
 
     def round(self, x: Tensor) -> Tensor:
         return PLAIN.round(x)

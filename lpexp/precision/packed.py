@@ -137,7 +137,7 @@ class Packed(Scoped):
         codes, scale = self._unpack(parts)
         low, high = self._range
         served, ends = numeric.dequantize_groups(codes, scale), (codes <= low) | (codes >= high)
-        return numeric.tally(weight, served, ends, scale, (1, self.group_size))
+        return numeric.tally(weight, served, ends, scale, (1, self.group_size), numeric.LEAST_GROUP)
 
     def round(self, x: Tensor) -> Tensor:
         return PLAIN.round(x)
