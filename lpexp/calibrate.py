@@ -1,4 +1,4 @@
-"""`lpexp convert int4 --method gptq`: codes chosen with text, by llm-compressor (the extra `int4`).
+"""`lpexp convert ... --method gptq`: codes chosen with text, by llm-compressor.
 
 llm-compressor runs GPTQ on the transformers model with the precision's own group size; what it found, scales and
 weights that lie on their grid, is written by lpexp in its own layout, so it reads, serves and compares like any other.
@@ -20,7 +20,7 @@ from lpexp.convert import Report, open_source
 from lpexp.errors import ConfigError
 from lpexp.model import hf
 from lpexp.precision import Parts, Tally
-from lpexp.precision.targets import Calibration
+from lpexp.precision.targets import INSTALL, Calibration
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,8 +36,7 @@ def calibrate(source: Path, directory: Path, wish: Calibration) -> Report:
     hf.judge_new(directory)
     stored = open_source(source, precision)
     if lacking := [name for name in NEEDED if find_spec(name) is None]:
-        way = "pip install 'lpexp[int4]'"
-        raise ConfigError(f"--method gptq needs {', '.join(lacking)}: {way}, or use --method rtn")
+        raise ConfigError(f"--method gptq needs {', '.join(lacking)}: {INSTALL}, or use --method rtn")
     if wish.length > stored.model.max_position_embeddings:
         most = stored.model.max_position_embeddings
         raise ConfigError(f"--max-sequence-length {wish.length}: the model has {most} positions; use at most {most}")

@@ -2,8 +2,8 @@
 
 A tensor is cut into runs of rows that its precision quantises alone, and a few rows are in memory at a time. Where
 every byte goes is planned first, so several processes write the same files and their number changes nothing. What is
-done is noted beside the files with its hash; after a kill the same command reads the notes, keeps what is intact and
-does the rest. The directory gets its name when all of it is on disk.
+done is noted beside the files with its checksum; after a kill the same command reads the notes, keeps what is intact
+and does the rest. The directory gets its name when all of it is on disk.
 Left out: the arithmetic (lpexp/precision), what a directory holds (lpexp/model/hf.py), calibration (calibrate.py).
 """
 
@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from zlib import crc32
 
 from lpexp.data import Param
 from lpexp.errors import ConfigError, NonFiniteWeightError, RunError
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 JOB_VALUES = 1 << 25  # of one tensor, for one worker
-SLICE_VALUES = 1 << 19  # in memory at a time: they and their temporaries stay in the processor's cache
+SLICE_VALUES = 1 << 18  # in memory at a time: they and their temporaries stay in the processor's cache
 OTHER = "name its divisor with --divisor"
 NOTES, LOCK = "progress.jsonl", "lock"
 
@@ -194,7 +195,7 @@ class Job(NamedTuple):
 
 
 class Done(NamedTuple):
-    digest: str  # of the bytes that were written, in the order of `Work.pieces`
+    checksum: int  # CRC-32 of the bytes that were written, in the order of `Work.pieces`
     tally: Tally
     bytes: int  # read
 
@@ -234,7 +235,7 @@ class Work:
 
     def run(self, job: Job) -> Done:
         """Read, quantise and write, a few rows at a time."""
-        param, digest, tally, read = self.params[job.param], hashlib.sha256(), Tally(), 0
+        param, checksum, tally, read = self.params[job.param], 0, Tally(), 0
         target, held = side(param, self.target, self.moe), self.source_of(param)
         fixed = target.fixed(param.shape)
         for first, last in self.pieces(job):
@@ -247,20 +248,20 @@ class Work:
                 raise self._placed(error, param, held, first) from None
             for suffix, entry, row, _ in self._places(param, target, first, last):
                 part = fixed[suffix] if suffix in fixed else made[suffix]
-                digest.update(shards.write(self.temp, entry, part, row))
+                checksum = crc32(shards.write(self.temp, entry, part, row), checksum)
             if held is not None or target is not target.plain:
                 tally += target.tally(weight, made)
-        return Done(digest.hexdigest(), tally, read)
+        return Done(checksum, tally, read)
 
-    def intact(self, job: Job, digest: str) -> bool:
+    def intact(self, job: Job, checksum: int) -> bool:
         """Are the bytes of a finished job still those that were noted?"""
-        param, found = self.params[job.param], hashlib.sha256()
+        param, found = self.params[job.param], 0
         target = side(param, self.target, self.moe)
         for first, last in self.pieces(job):
             for _, entry, row, end in self._places(param, target, first, last):
                 part = shards.read(self.temp, entry, row, end)
-                found.update(shards.raw(part))
-        return found.hexdigest() == digest
+                found = crc32(shards.raw(part), found)
+        return found == checksum
 
     def _places(
         self, param: Param, target: Precision, first: int, last: int
@@ -467,9 +468,9 @@ def _resume(work: Work, say: Callable[[str], object]) -> dict[int, Done]:
     if lines and lines[0] == key:
         for line in lines[1:]:
             with contextlib.suppress(ValueError):  # the line that a kill tore
-                index, digest, tally, read = json.loads(line)
-                if work.intact(work.jobs[index], digest):
-                    done[index] = Done(digest, Tally(*tally), read)
+                index, checksum, tally, read = json.loads(line)
+                if work.intact(work.jobs[index], checksum):
+                    done[index] = Done(checksum, Tally(*tally), read)
         say(f"going on: {len(done)} of {len(work.jobs)} pieces in {work.temp} are done and intact")
     else:
         if lines:
@@ -484,7 +485,7 @@ def _resume(work: Work, say: Callable[[str], object]) -> dict[int, Done]:
 
 
 def _noted(result: Done) -> list[Any]:
-    return [result.digest, result.tally.row(), result.bytes]
+    return [result.checksum, result.tally.row(), result.bytes]
 
 
 def _room(work: Work) -> None:

@@ -72,14 +72,14 @@ def read(directory: Path, entry: Entry, first: int = 0, last: int | None = None)
     if not entry.shape:
         first, last = 0, None
     count = (entry.shape[0] if entry.shape else 1) if last is None else last
-    data = bytearray((count - first) * entry.row_bytes if entry.shape else entry.nbytes)
+    data = torch.empty((count - first) * entry.row_bytes if entry.shape else entry.nbytes, dtype=torch.uint8)
     shape = (count - first, *entry.shape[1:]) if entry.shape else ()
     dtype = getattr(torch, entry.dtype)
-    if not data:
+    if not data.numel():
         return torch.empty(shape, dtype=dtype)
     with (directory / entry.file).open("rb", buffering=0) as file:
-        _fill(file.fileno(), memoryview(data), entry.start + first * entry.row_bytes, directory / entry.file)
-    return torch.frombuffer(data, dtype=torch.uint8).view(dtype).view(shape)
+        _fill(file.fileno(), data.numpy().data, entry.start + first * entry.row_bytes, directory / entry.file)
+    return data.view(dtype).view(shape)
 
 
 def _fill(descriptor: int, view: memoryview, at: int, path: Path) -> None:

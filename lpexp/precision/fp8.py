@@ -130,8 +130,8 @@ class Fp8(Scoped):
     def tally(self, weight: Tensor, parts: Parts) -> Tally:
         from lpexp.precision import numeric
 
-        codes, scale, top = numeric.from_e4m3(parts["weight"]), parts["weight_scale_inv"], numeric.E4M3_MAX
-        return numeric.tally(weight, self.dequantize(parts), codes, scale, (128, 128), -top, top)
+        codes, scale, least = parts["weight"], parts["weight_scale_inv"], numeric.least_e4m3(self._pow2)
+        return numeric.tally(weight, self.dequantize(parts), numeric.ends_e4m3(codes), scale, (128, 128), least)
 
 
 def _forward(x: Tensor, operand: Operand, pow2: bool) -> Tensor:

@@ -58,10 +58,10 @@ class Scaled(Scoped):
     def tally(self, weight: Tensor, parts: Parts) -> Tally:
         from lpexp.precision import numeric
 
-        codes, top = numeric.from_e4m3(parts["weight"]), numeric.E4M3_MAX
-        rows, cols = codes.shape
-        block = (1, cols) if self.over == "channel" else (rows, cols)
-        return numeric.tally(weight, self.dequantize(parts), codes, parts["weight_scale"], block, -top, top)
+        codes = parts["weight"]
+        block = (1 if self.over == "channel" else codes.shape[0], codes.shape[1])
+        ends, least = numeric.ends_e4m3(codes), numeric.least_e4m3(False)
+        return numeric.tally(weight, self.dequantize(parts), ends, parts["weight_scale"], block, least)
 
     def round(self, x: Tensor) -> Tensor:
         return PLAIN.round(x)

@@ -27,6 +27,7 @@ E4M3_MAX = 448.0
 FLOOR = 1e-10  # least amax of weights and activations
 FLOOR_GRAD = 448.0 * 2.0**-126  # least amax of gradients: its scale 2^-126 still has a finite reciprocal
 INT4_FLOOR = 1e-5  # least scale of a group
+LEAST_GROUP = float(torch.tensor(INT4_FLOOR).to(torch.bfloat16))  # as it is stored
 
 Product = Callable[[Tensor, Tensor], Tensor]
 
@@ -148,8 +149,10 @@ def accumulate(x: Tensor, weight: Tensor, w: Tensor, half: bool) -> Tensor:
 # -- checks --------------------------------------------------------------------------------------------------------
 def check_finite(weight: Tensor, name: str) -> None:
     """Raise NonFiniteWeightError with the first bad index, its value and the number of bad values."""
-    if math.isfinite(float(weight.sum(dtype=torch.float64))):
-        return  # the quick way for nearly every weight
+    if not weight.numel() or all(
+        math.isfinite(end) for end in torch.aminmax(weight.detach())
+    ):  # NaN shows in both ends
+        return
     bad = ~torch.isfinite(weight)
     if bool(bad.any()):
         index = tuple(int(i) for i in bad.nonzero()[0])
@@ -165,6 +168,11 @@ def scale_e4m3(amax: Tensor, floor: float, pow2: bool) -> Tensor:
         bits = scale.view(torch.int32)
         scale = ((bits + 0x7FFFFF) & ~0x7FFFFF).view(torch.float32)  # exponent + 1 where the mantissa is not 0
     return scale
+
+
+def least_e4m3(pow2: bool) -> float:
+    """The scale of a block of zeros."""
+    return float(scale_e4m3(torch.zeros(1), FLOOR, pow2))
 
 
 def to_e4m3(x: Tensor) -> Tensor:
@@ -307,21 +315,34 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
 def tally(
     weight: Tensor,
     served: Tensor,
-    codes: Tensor | None = None,
+    ends: Tensor | None = None,
     scale: Tensor | None = None,
     block: tuple[int, int] = (1, 1),
-    low: float = 0,
-    high: float = 0,
+    least: float = 0.0,
 ) -> Tally:
-    """Squares of W and of W - dq(W); with codes, those at an end of the range, blocks of zeros, extreme scales."""
-    w = weight.detach().to(torch.float64).flatten()
-    lost = served.to(torch.float64).flatten().neg_().add_(w)
-    sums = float(lost @ lost), float(w @ w)
-    if codes is None or scale is None:
-        return Tally(*sums)
+    """Squares of W and of W - dq(W); with a mask of the codes at an `end` of the range also blocks and scales.
+
+    `least` is the scale of a block of zeros; no other block has a smaller one.
+    """
+    w = weight.detach().to(torch.float32)
+    total, lost = _squares(w), _squares(served - w)
+    if ends is None or scale is None:
+        return Tally(lost, total)
     rows, cols = block
-    padded = pad_to(weight.detach(), rows, cols)
-    nonzero = (padded != 0).view(padded.shape[0] // rows, rows, -1, cols).any(3).any(1)
-    saturated = int(((codes <= low) | (codes >= high)).sum())
-    zero = nonzero.numel() - int(nonzero.sum())
-    return Tally(*sums, codes.numel(), saturated, nonzero.numel(), zero, float(scale.min()), float(scale.max()))
+    zero, low, high = 0, *(float(end) for end in torch.aminmax(scale.to(torch.float32)))
+    if low <= least:
+        padded = pad_to(w, rows, cols)
+        amax = padded.view(padded.shape[0] // rows, rows, -1, cols).abs().amax((1, 3))
+        zero = amax.numel() - int(amax.count_nonzero())
+    return Tally(lost, total, ends.numel(), int(ends.count_nonzero()), scale.numel(), zero, low, high)
+
+
+def _squares(x: Tensor) -> float:
+    """The sum of squares, in float32 where it can hold it: float64 takes three times as long."""
+    found = float(x.square().sum())
+    return found if 1e-20 < found < math.inf else float(x.to(torch.float64).square().sum())
+
+
+def ends_e4m3(codes: Tensor) -> Tensor:
+    """Which codes are +-448."""
+    return (codes.view(torch.uint8) & 0x7F) == 0x7E

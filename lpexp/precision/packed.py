@@ -135,8 +135,9 @@ class Packed(Scoped):
         from lpexp.precision import numeric
 
         codes, scale = self._unpack(parts)
-        served = numeric.dequantize_groups(codes, scale)
-        return numeric.tally(weight, served, codes, scale, (1, self.group_size), *self._range)
+        low, high = self._range
+        served, ends = numeric.dequantize_groups(codes, scale), (codes <= low) | (codes >= high)
+        return numeric.tally(weight, served, ends, scale, (1, self.group_size), numeric.LEAST_GROUP)
 
     def round(self, x: Tensor) -> Tensor:
         return PLAIN.round(x)

@@ -136,6 +136,7 @@ FP8 = Target(
 # -- integers ----------------------------------------------------------------------------------------------------------
 TYPES: dict[str, tuple[type[Packed], str]] = {"W4A16": (Int4Qat, "int4_qat"), "W8A16": (W8A16, "w8a16")}
 METHODS = ("rtn", "gptq")
+INSTALL = "pip install 'lpexp[int4]'"  # brings what gptq needs
 
 
 def _choose_int(args: Namespace) -> Wish:

@@ -176,7 +176,7 @@ def test_a_killed_worker_is_told_and_the_same_command_goes_on(many, tmp_path, mo
         victims = psutil.Process().children()
         if victims:
             victims[0].kill()
-        return [result.digest, result.tally.row(), result.bytes]
+        return [result.checksum, result.tally.row(), result.bytes]
 
     from lpexp.errors import RunError
 

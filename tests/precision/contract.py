@@ -252,7 +252,7 @@ def rows_quantised_in_pieces_have_the_bytes_of_the_whole(precision: Precision) -
         assert torch.equal(back, precision.dequantize(whole)), kind
         tallies = zip(weight.split(precision.rows), pieces, strict=True)
         added = sum((precision.tally(rows, piece) for rows, piece in tallies), Tally()).stats()
-        assert added == pytest.approx(precision.stats(weight, whole), rel=1e-9), kind
+        assert added == pytest.approx(precision.stats(weight, whole), rel=1e-5), kind  # sums in float32
 
 
 def judging_it_imports_no_torch(precision: Precision) -> None:
