@@ -170,8 +170,12 @@ def test_every_model_takes_every_precision_at_laptop_scale() -> None:
     for model in choices("model"):
         card: Any = OmegaConf.to_container(frontend.compose([f"model={model}", "scale=laptop"]), resolve=True)
         for precision in choices("precision"):
-            data = {**base, "model": card["model"], "precision": frontend.read_choice("precision", precision)}
-            assert frontend.judge(data).model.name == model
+            chosen = frontend.read_choice("precision", precision)
+            data = {**base, "model": card["model"], "rollout": {**base["rollout"], "precision": chosen}}
+            served = frontend.judge(data)
+            assert (served.model.name, served.wire.name) == (model, precision)
+            if served.wire.trains:
+                assert frontend.judge({**base, "model": card["model"], "precision": chosen}).model.name == model
 
 
 @pytest.mark.parametrize(("model", "precision"), RECIPES)

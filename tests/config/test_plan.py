@@ -38,7 +38,7 @@ def test_the_plan_counts_every_tensor_once() -> None:
 def test_the_planned_bytes_are_those_of_the_served_tensors(precision: str) -> None:
     import torch
 
-    exp = frontend.experiment(f"precision={precision}", "model=qwen3_moe_tiny")
+    exp = frontend.experiment(f"precision@rollout.precision={precision}", "model=qwen3_moe_tiny")
     for param in exp.model.params():
         one = side(param, exp.wire, True)
         parts = one.quantize(torch.zeros(param.shape))
