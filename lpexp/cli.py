@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from lpexp import compare, convert, evaluate, export
+from lpexp import compare, convert, evaluate, export, fetch
 from lpexp.errors import ConfigError, RunError
 
 
@@ -31,6 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     converter = commands.add_parser("convert", help="a Hugging Face directory in another precision")
     convert.add_arguments(converter)
     converter.set_defaults(run=convert.main)
+    fetched = commands.add_parser("fetch", help="bring a real model's weights: smollm2_135m, or an org/name of the hub")
+    fetch.add_arguments(fetched)
+    fetched.set_defaults(run=fetch.main)
     args = parser.parse_args(argv)
     try:
         return args.run(args)

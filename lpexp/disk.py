@@ -34,3 +34,8 @@ def replace_json(path: Path, data: Any) -> None:
     sync(temp)
     temp.rename(path)
     sync(path.parent)
+
+
+def cache_dir(kind: str) -> Path:
+    """Where what can be made again is kept between runs: $XDG_CACHE_HOME/lpexp/KIND."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lpexp" / kind

@@ -16,6 +16,7 @@ from lpexp.cluster import Cluster
 from lpexp.config import Spec, rule
 from lpexp.correction import Correction
 from lpexp.errors import ConfigError, Mistake
+from lpexp.fetch import FETCHED
 from lpexp.model import Model, divisors
 from lpexp.model.served import EMBEDDING, agrees, contradiction, copies, precision_of
 from lpexp.precision import Precision
@@ -167,7 +168,7 @@ class Experiment(Spec):
     @rule
     def _model_path_is_a_model(self) -> Iterator[Mistake]:
         path = self.model.sized().path
-        if path is None:
+        if path is None or path.startswith(FETCHED):  # not fetched yet: a plan needs no weights, a run is refused
             return
         way = "name a Hugging Face model directory, or type model.path=null for a random start"
         if not Path(path).is_dir():

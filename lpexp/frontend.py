@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -22,12 +23,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from lpexp.config import load, nearest
+from lpexp import fetch
+from lpexp.config import Spec, load, nearest
 from lpexp.errors import ConfigError, Mistake, RunError, Stopped
 from lpexp.experiment import Experiment
 from lpexp.explain import explain, meant
-from lpexp.groups import CONF, MOUNTS, choices, compose, groups, read_choice
+from lpexp.groups import CONF, MOUNTS, choices, compose, default_choice, groups, read_choice
 from lpexp.model import Model, Parallel
+from lpexp.model.hf import read_model
 from lpexp.model.served import precision_of
 from lpexp.precision import Precision
 from lpexp.shell import contradictions
@@ -37,6 +40,8 @@ __all__ = ["CONF", "compose", "experiment", "guard", "judge", "overrides", "read
 MAY_BE_EMPTY = ("experiment", "layout", *MOUNTS)
 TAKES_VALUE = ("-c", "--cfg", "-p", "--package", "-cn", "--config-name", "-cd", "--config-dir", "-cp", "--config-path")
 MAY_TAKE_VALUE = ("-i", "--info", "-sc", "--shell-completion")
+# What a directory's config.json says of its model; with the rest it has nothing to do.
+SIZES = [key for key in Model.model_fields if key not in ("name", "initializer_range", "parallel", "path", "scale")]
 FULL_ERROR = "HYDRA_FULL_ERROR"
 HYDRA_SAYS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError)
 
@@ -100,11 +105,14 @@ def overrides() -> list[str]:
 
 def judge(cfg: DictConfig | Mapping[str, Any]) -> Experiment:
     """The only door from a composed config to an Experiment; ConfigError with every mistake found."""
+    mistakes: list[Mistake] = []
     try:
+        if isinstance(cfg, DictConfig):
+            cfg = read_directory(cfg, mistakes)
         data: Any = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg)
     except OmegaConfBaseException as error:
         raise ConfigError([explain(error, ())[0]]) from None
-    mistakes = list(_name_precisions(data))
+    mistakes += _name_precisions(data)
     _ask_the_checkpoint(data)
     exp = None
     try:
@@ -167,6 +175,8 @@ def _respell(word: str) -> str:
             return f"{mount}={value}"
         if mount == key and all(one in choices("precision") for one in value.split(",")):
             return f"precision@{mount}={value}"
+    if equals and key.partition(".options")[0] == "task" and key.removeprefix("task.options")[:1] in ("", "."):
+        return f"++{word}"  # an open table: its keys are a data set's own
     if word == "experiment=null":
         return "experiment=[]"
     return word
@@ -227,6 +237,56 @@ def _ask_the_checkpoint(data: dict[str, Any]) -> None:
             found = precision_of(rollout["checkpoint"], Model.model_validate(data.get("model")).sized())
             if type(found) is not type(Precision.model_validate(data.get("precision"))):
                 rollout["precision"] = found.dump()
+
+
+def read_directory(cfg: DictConfig, mistakes: list[Mistake]) -> DictConfig:
+    """The config with `model` as the directory at model.path says; what contradicts it is added to the mistakes.
+
+    The default card yields to the directory. A card that was chosen, and a size that was typed, must agree with it.
+    """
+    given: Any = OmegaConf.to_container(cfg.get("model") or OmegaConf.create(), resolve=True)
+    path, name = given.get("path"), given.get("name")
+    if not isinstance(path, str):
+        return cfg
+    try:
+        if given.get("scale") == "laptop" and not Path(path).is_dir():
+            return cfg  # a twin starts at random
+        directory = fetch.find(path)
+        if directory is None or not (directory / "config.json").is_file():
+            return cfg  # told by the plan, and by Experiment
+        found = read_model(directory)
+    except ConfigError as error:
+        mistakes += [Mistake("model.path", mistake.message) for mistake in error.mistakes]
+        return cfg
+    said = {key: _plain(getattr(found, key)) for key in SIZES}
+    changed = {key: value for key, value in said.items() if key in given and _plain(given[key]) != value}
+    update: dict[str, Any] = {"path": str(directory)}
+    at = directory / "config.json"
+    if changed and name == default_choice("model"):
+        card: Any = OmegaConf.merge(OmegaConf.load(CONF / "config.yaml").model, read_choice("model", name)["model"])
+        for key, value in changed.items():
+            if _plain(given[key]) != _plain(card.get(key)):
+                mistakes.append(Mistake(f"model.{key}", f"{given[key]}, but {at} says {value}; leave it out"))
+        update |= said | {"name": path.rstrip("/").rpartition("/")[2], "initializer_range": found.initializer_range}
+    elif changed:
+        first, *more = (f"{key} {value} instead of {_plain(given[key])}" for key, value in changed.items())
+        also = f" and {len(more)} more" if more else ""
+        way = f"leave model={name} out to take the sizes from the directory"
+        mistakes.append(Mistake("model.path", f"{path} is no {name}: {at} says {first}{also}; {way}"))
+    cfg = cfg.copy()
+    OmegaConf.set_struct(cfg, False)
+    for key, value in update.items():
+        OmegaConf.update(cfg, f"model.{key}", value, merge=False)
+    return cfg
+
+
+def _plain(value: Any) -> Any:
+    """A value of the config, or of a Spec, for comparing: nested groups without their class and their nulls."""
+    if isinstance(value, Spec):
+        value = dict(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items() if one is not None}
+    return value
 
 
 def _misnamed(exp: Experiment) -> Iterator[Mistake]:

@@ -31,6 +31,13 @@ def read_choice(group: str, name: str) -> dict[str, Any]:
     return {key: value for key, value in (data or {}).items() if key != "defaults"}
 
 
+@cache
+def default_choice(group: str) -> str:
+    """What conf/config.yaml chooses of a group."""
+    listed: Any = OmegaConf.to_container(OmegaConf.load(CONF / "config.yaml"), resolve=False)
+    return next(entry[group] for entry in listed["defaults"] if isinstance(entry, dict) and group in entry)
+
+
 def choices_with(key: str) -> tuple[str, list[str]] | None:
     """(group, its choices that bring this dotted key), for a key of a group that the chosen one does not have."""
     for place in (*MOUNTS, *groups()):

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from lpexp.console import served_first
 from lpexp.experiment import Experiment
+from lpexp.fetch import FETCHED
 from lpexp.precision import Precision, digest, side
 
 TRAINED_BYTES = 16  # a parameter: float32 master, gradient and two Adam moments
@@ -109,6 +110,9 @@ def kinds(exp: Experiment) -> list[Kind]:
 
 def missing(exp: Experiment) -> str | None:
     """One sentence on what this machine lacks for this run and what to type instead; None: it can run here."""
+    path = exp.model.sized().path or ""
+    if path.startswith(FETCHED):
+        return f"the weights of model={exp.model.name} are not here yet; type: lpexp fetch {path.removeprefix(FETCHED)}"
     nodes, each = exp.cluster.nodes, exp.cluster.gpus_per_node
     here = gpus_here()
     if nodes * each > len(here):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lpexp import disk
 from lpexp.errors import RunError
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ CHECK_PROMPTS, CHECK_SAMPLES = 128, 2
 
 
 def cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lpexp" / "warmup"
+    return disk.cache_dir("warmup")
 
 
 def content_hash(exp: Experiment) -> str:
