@@ -35,6 +35,7 @@ class Prompt:
     tokens: tuple[int, ...]
     text: str
     answer: str
+    source: int | None = None  # where the task finds the question again, if it needs more than the answer to score
 
 
 @dataclass(frozen=True)
