@@ -21,7 +21,7 @@ help: ## this list
 demo: $(VENV)/.installed ## make the environment and watch a policy learn, two minutes on two cores
 	$(BIN)/python launch.py
 
-test: $(VENV)/.installed-int4 ## the main tests, at most 15 minutes on two cores
+test: $(VENV)/.installed-extras ## the main tests, at most 15 minutes on two cores
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-gpu: $(VENV)/.installed ## the tests that need a CUDA card; fails where there is none
@@ -55,8 +55,8 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	$(PIP) install --quiet --no-deps --no-build-isolation -e .
 	touch $@
 
-$(VENV)/.installed-int4: $(VENV)/.installed requirements-int4.lock
-	$(PIP) install --quiet -r requirements-int4.lock
+$(VENV)/.installed-extras: $(VENV)/.installed requirements-extras.lock
+	$(PIP) install --quiet -r requirements-extras.lock
 	touch $@
 
 $(VENV)/.installed-bench: $(VENV)/.installed requirements-bench.lock
