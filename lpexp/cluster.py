@@ -190,7 +190,11 @@ class _RayHandle:
         self._actor = ray.remote(**options)(_Worker).remote(kind, args)
 
     def call(self, method: str, *args: Any) -> Future:
-        return _RayFuture(self.name, self._actor.call.remote(method, *args))
+        import ray
+
+        # In one piece each: Ray handles every array of an argument singly. Another worker's bulk is passed on unseen.
+        packed = [arg if isinstance(arg, ray.ObjectRef) else pickle.dumps(arg, pickle.HIGHEST_PROTOCOL) for arg in args]
+        return _RayFuture(self.name, self._actor.call.remote(method, *packed))
 
     def call_two(self, method: str, *args: Any) -> tuple[Any, Future]:
         """The references of a pair's halves; the first is passed on unseen, and kept alive by whoever holds it."""
@@ -211,9 +215,8 @@ class _Worker:
         gc.collect()
         gc.freeze()  # what lives as long as the worker is not searched again and again
 
-    def call(self, method: str, *args: Any) -> bytes:
-        args = tuple(pickle.loads(arg) if isinstance(arg, bytes) else arg for arg in args)  # another worker's bulk
-        answer = os.getpid() if method == "pid" else getattr(self._held, method)(*args)
+    def call(self, method: str, *args: bytes) -> bytes:
+        answer = os.getpid() if method == "pid" else getattr(self._held, method)(*map(pickle.loads, args))
         return pickle.dumps(answer, pickle.HIGHEST_PROTOCOL)  # in one piece: Ray handles each array of an answer singly
 
     def call_two(self, method: str, *args: Any) -> tuple[bytes, bytes]:

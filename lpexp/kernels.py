@@ -16,7 +16,7 @@ import numpy as np
 from numba import boolean, float32, float64, int64, void
 
 f1, f2, f3, f4 = float32[::1], float32[:, ::1], float32[:, :, ::1], float32[:, :, :, ::1]
-i1, i2 = int64[::1], int64[:, ::1]
+i1, i2, d1 = int64[::1], int64[:, ::1], float64[::1]
 
 
 def compiled(*arguments: Any) -> Any:
@@ -87,14 +87,6 @@ def _dot(a: Any, b: Any) -> Any:
     total = np.float32(0.0)
     for i in range(a.size):
         total += a[i] * b[i]
-    return total
-
-
-@numba.njit(fastmath={"reassoc"})
-def _dot2(a: Any, b: Any) -> Any:
-    total = np.float32(0.0)
-    for i in range(a.shape[1]):
-        total += a[0, i] * b[0, i] + a[1, i] * b[1, i]
     return total
 
 
@@ -236,45 +228,43 @@ def _turn_back(
     grad: Any, o: Any, y: Any, r: Any, h: Any, w: Any, f: Any, normed: Any, cos: Any, sin: Any, p: Any, half: Any,
     g: Any, n: Any, dy: Any, total: Any,
 ) -> None:  # fmt: skip
-    """One head of `heads_back`: grad[r, o] into dy[r, h], and what w gets of it into total."""
-    low = y.shape[3]
-    for t in range(2):
-        for i in range(low):
-            n[t, i] = _bf16(grad[r, o, t, i]) if half else grad[r, o, t, i]
-    for i in range(low):
-        g[0, i] = n[0, i] * cos[p, 0, i] + n[1, i] * sin[p, 1, i]
-    for i in range(low):
-        g[1, i] = n[1, i] * cos[p, 1, i] - n[0, i] * sin[p, 0, i]
+    """One head of `heads_back`: grad[r, o] into dy[r, h], and what w gets of it into total. Heads as one axis of D,
+    but for the turning, which sees two halves."""
+    dim = y.shape[2]
+    g2, n2 = g.reshape(2, dim // 2), n.reshape(2, dim // 2)
+    for i in range(dim):
+        n[i] = _bf16(grad[r, o, i]) if half else grad[r, o, i]
+    for i in range(g2.shape[1]):
+        g2[0, i] = n2[0, i] * cos[p, 0, i] + n2[1, i] * sin[p, 1, i]
+    for i in range(g2.shape[1]):
+        g2[1, i] = n2[1, i] * cos[p, 1, i] - n2[0, i] * sin[p, 0, i]
     if normed:
-        for t in range(2):
-            for i in range(low):
-                n[t, i] = y[r, h, t, i] * f
-            for i in range(low):
-                g[t, i] = _bf16(g[t, i]) if half else g[t, i]
-            for i in range(low):
-                total[t, i] += g[t, i] * n[t, i]
-            for i in range(low):
-                g[t, i] *= w[t, i]
-        mean = _dot2(g, n) / np.float32(2 * low)
-        for t in range(2):
-            for i in range(low):
-                dy[r, h, t, i] = f * (g[t, i] - n[t, i] * mean)
+        for i in range(dim):
+            n[i] = y[r, h, i] * f
+        for i in range(dim):
+            g[i] = _bf16(g[i]) if half else g[i]
+        for i in range(dim):
+            total[i] += g[i] * n[i]
+        for i in range(dim):
+            g[i] *= w[i]
+        mean = _dot(g, n) / np.float32(dim)
+        for i in range(dim):
+            dy[r, h, i] = f * (g[i] - n[i] * mean)
     else:
-        for t in range(2):
-            for i in range(low):
-                dy[r, h, t, i] = g[t, i]
+        for i in range(dim):
+            dy[r, h, i] = g[i]
 
 
-@compiled(f4, f4, f4, f4, f2, f2, boolean, f3, f3, i1, boolean, f2, f4, f2, f2)
+@compiled(f3, f3, f3, f3, f1, f1, boolean, f3, f3, i1, boolean, f2, f3, f1, f1)
 def heads_back(
     dq: Any, dk: Any, dv: Any, y: Any, q_w: Any, k_w: Any, normed: Any, cos: Any, sin: Any, at: Any, half: Any,
     factor: Any, dy: Any, dq_w: Any, dk_w: Any,
 ) -> None:  # fmt: skip
-    """The gradients of `heads`: each is rounded where its value was."""
-    rows, num_q, _, low = dq.shape
+    """The gradients of `heads`, with y and the heads [R, heads, D]; each is rounded where its value was."""
+    rows, num_q, dim = dq.shape
     num_k = dk.shape[1]
-    g, n = np.empty((2, low), np.float32), np.empty((2, low), np.float32)
-    q_total, k_total = np.zeros((2, low), np.float64), np.zeros((2, low), np.float64)
+    g, n = np.empty(dim, np.float32), np.empty(dim, np.float32)
+    q_total, k_total = np.zeros(dim, np.float64), np.zeros(dim, np.float64)
     for r in range(rows):
         for h in range(num_q):
             _turn_back(dq, h, y, r, h, q_w, factor[r, h], normed, cos, sin, at[r], half, g, n, dy, q_total)
@@ -282,12 +272,10 @@ def heads_back(
             o = num_q + h
             _turn_back(dk, h, y, r, o, k_w, factor[r, o], normed, cos, sin, at[r], half, g, n, dy, k_total)
         for h in range(num_k):
-            for t in range(2):
-                for i in range(low):
-                    dy[r, num_q + num_k + h, t, i] = dv[r, h, t, i]
-    for t in range(2):
-        for i in range(low):
-            dq_w[t, i], dk_w[t, i] = np.float32(q_total[t, i]), np.float32(k_total[t, i])
+            for i in range(dim):
+                dy[r, num_q + num_k + h, i] = dv[r, h, i]
+    for i in range(dim):
+        dq_w[i], dk_w[i] = np.float32(q_total[i]), np.float32(k_total[i])
 
 
 # -- gated unit --------------------------------------------------------------------------------------------------------
@@ -395,3 +383,23 @@ def attend_back(
                     dq[r, h, d] += slope * k[m, g, d]
                 for d in range(dim):
                     dk[m, g, d] += slope * q[r, h, d]
+
+
+# -- sampling ----------------------------------------------------------------------------------------------------------
+@compiled(f2, d1, float64, i1)
+def draw(logits: Any, u: Any, temperature: Any, drawn: Any) -> None:
+    """drawn[r]: the first token whose cumulative probability, float64 in index order, reaches u[r] of the whole."""
+    rows, size = logits.shape
+    summed = np.empty(size, np.float64)
+    for r in range(rows):
+        top = logits[r, 0]
+        for j in range(size):
+            top = max(top, logits[r, j])
+        for j in range(size):
+            summed[j] = _exp64((float64(logits[r, j]) - float64(top)) / temperature)
+        for j in range(size - 1):
+            summed[j + 1] += summed[j]
+        threshold, found = u[r] * summed[size - 1], 0
+        for j in range(size):
+            found += summed[j] < threshold
+        drawn[r] = min(found, size - 1)

@@ -146,13 +146,12 @@ class _Heads(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> Any:  # type: ignore[override]
         y, factor, q_weight, k_weight = ctx.saved_tensors
-        rows, low = y.shape[0], q_weight.shape[0] // 2
+        rows, dim = y.shape[0], q_weight.shape[0]
         dy, dq_weight, dk_weight = y.new_empty(y.shape), torch.empty_like(q_weight), torch.empty_like(k_weight)
         kernels.heads_back(
-            *(_array(t, rows, -1, 2, low) for t in (dq, dk, dv, y)),
-            *(_array(w, 2, low) for w in (q_weight, k_weight)),
-            ctx.normed, *ctx.tables, ctx.half, _array(factor), _array(dy, rows, -1, 2, low),
-            *(_array(w, 2, low) for w in (dq_weight, dk_weight)),
+            *(_array(t, rows, -1, dim) for t in (dq, dk, dv, y)), _array(q_weight), _array(k_weight),
+            ctx.normed, *ctx.tables, ctx.half, _array(factor), _array(dy, rows, -1, dim),
+            _array(dq_weight), _array(dk_weight),
         )  # fmt: skip
         if not ctx.normed:
             dq_weight = dk_weight = None

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lpexp import kernels
+
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
@@ -47,6 +49,10 @@ def draw(logits_NV: Tensor, u_N: Tensor, temperature: float, top_p: float = 1.0,
     """
     if temperature == 0:
         return logits_NV.argmax(-1)
+    if not (logits_NV.is_cuda or top_k or top_p < 1):
+        drawn = torch.empty(len(logits_NV), dtype=torch.int64)
+        kernels.draw(logits_NV.contiguous().numpy(), u_N.numpy(), temperature, drawn.numpy())
+        return drawn
     probs = torch.softmax(logits_NV.double() / temperature, -1)
     if top_k or top_p < 1:
         ranked, order = probs.sort(dim=-1, descending=True, stable=True)

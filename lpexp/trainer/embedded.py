@@ -325,7 +325,7 @@ class EmbeddedRank:
                     sums[name] = sums.get(name, 0.0) + value
             gradient = self._reduced(tree_sum(grads))
             mark = time.perf_counter()
-            norm = float(torch.linalg.vector_norm(gradient.double()))
+            norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
             if not np.isfinite(norm):
                 raise RunError(
                     f"step {batch.step}: the gradient norm is {norm}; lower trainer.lr or look at the batch in record/"
@@ -342,7 +342,7 @@ class EmbeddedRank:
             "grad_norm": float(np.mean(norms)),
             "grad_clip_frac": clipped / len(norms),
             "lr": lr,
-            "param_norm": float(torch.linalg.vector_norm(self.flat.double())),
+            "param_norm": float(torch.linalg.vector_norm(self.flat, dtype=torch.float64)),
             "recompute": "forward" if ahead else "shared",
             "seconds": {"recompute": recompute, "optimizer": optimizer_s, "learn": time.perf_counter() - begin},
         }

@@ -36,6 +36,20 @@ def test_draws_follow_the_softmax_at_the_temperature():
         assert torch.allclose(found, expected.float(), atol=4 * 0.0025)  # 4 sigma of a share at 40000 draws
 
 
+def test_the_kernel_draws_what_the_definition_draws():
+    """Written out in torch; `top_k` of the whole vocabulary cuts nothing and takes torch's way too."""
+    generator = torch.Generator().manual_seed(3)
+    logits = 3 * torch.randn(5000, 33, generator=generator)
+    u = torch.from_numpy(uniforms(1, 0, np.arange(5000), np.zeros(5000, int), np.zeros(5000, int)))
+    for temperature in (1.0, 0.7):
+        cdf = torch.softmax(logits.double() / temperature, -1).cumsum(-1)
+        expected = (cdf < u[:, None] * cdf[:, -1:]).sum(-1)
+        assert torch.equal(draw(logits, u, temperature), expected)
+        assert torch.equal(draw(logits, u, temperature, top_k=33), expected)
+        assert not torch.equal(draw(logits, u.flip(0), temperature), expected)
+    assert draw(logits[:1], torch.tensor([1.0], dtype=torch.float64), 1.0) <= 32
+
+
 def test_greedy_takes_the_most_probable():
     logits = torch.tensor([[0.1, 3.0, 2.9], [5.0, 1.0, 1.0]])
     assert draw(logits, torch.tensor([0.99, 0.99], dtype=torch.float64), 0.0).tolist() == [1, 0]
