@@ -223,38 +223,6 @@ def heads(
                     v[r, h, t, i] = y[r, num_q + num_k + h, t, i]
 
 
-@numba.njit(inline="always")
-def _turn_back(
-    grad: Any, o: Any, y: Any, r: Any, h: Any, w: Any, f: Any, normed: Any, cos: Any, sin: Any, p: Any, half: Any,
-    g: Any, n: Any, dy: Any, total: Any,
-) -> None:  # fmt: skip
-    """One head of `heads_back`: grad[r, o] into dy[r, h], and what w gets of it into total. Heads as one axis of D,
-    but for the turning, which sees two halves."""
-    dim = y.shape[2]
-    g2, n2 = g.reshape(2, dim // 2), n.reshape(2, dim // 2)
-    for i in range(dim):
-        n[i] = _bf16(grad[r, o, i]) if half else grad[r, o, i]
-    for i in range(g2.shape[1]):
-        g2[0, i] = n2[0, i] * cos[p, 0, i] + n2[1, i] * sin[p, 1, i]
-    for i in range(g2.shape[1]):
-        g2[1, i] = n2[1, i] * cos[p, 1, i] - n2[0, i] * sin[p, 0, i]
-    if normed:
-        for i in range(dim):
-            n[i] = y[r, h, i] * f
-        for i in range(dim):
-            g[i] = _bf16(g[i]) if half else g[i]
-        for i in range(dim):
-            total[i] += g[i] * n[i]
-        for i in range(dim):
-            g[i] *= w[i]
-        mean = _dot(g, n) / np.float32(dim)
-        for i in range(dim):
-            dy[r, h, i] = f * (g[i] - n[i] * mean)
-    else:
-        for i in range(dim):
-            dy[r, h, i] = g[i]
-
-
 @compiled(f3, f3, f3, f3, f1, f1, boolean, f3, f3, i1, boolean, f2, f3, f1, f1)
 def heads_back(
     dq: Any, dk: Any, dv: Any, y: Any, q_w: Any, k_w: Any, normed: Any, cos: Any, sin: Any, at: Any, half: Any,
@@ -264,16 +232,41 @@ def heads_back(
     rows, num_q, dim = dq.shape
     num_k = dk.shape[1]
     g, n = np.empty(dim, np.float32), np.empty(dim, np.float32)
+    g_low, g_high, n_low, n_high = g[: dim // 2], g[dim // 2 :], n[: dim // 2], n[dim // 2 :]
     q_total, k_total = np.zeros(dim, np.float64), np.zeros(dim, np.float64)
     for r in range(rows):
-        for h in range(num_q):
-            _turn_back(dq, h, y, r, h, q_w, factor[r, h], normed, cos, sin, at[r], half, g, n, dy, q_total)
-        for h in range(num_k):
-            o = num_q + h
-            _turn_back(dk, h, y, r, o, k_w, factor[r, o], normed, cos, sin, at[r], half, g, n, dy, k_total)
-        for h in range(num_k):
+        cos_low, cos_high, sin_low, sin_high = cos[at[r], 0], cos[at[r], 1], sin[at[r], 0], sin[at[r], 1]
+        for h in range(num_q + num_k):
+            grad = dq[r, h] if h < num_q else dk[r, h - num_q]
+            into = dy[r, h]
             for i in range(dim):
-                dy[r, num_q + num_k + h, i] = dv[r, h, i]
+                n[i] = _bf16(grad[i]) if half else grad[i]
+            for i in range(g_low.size):
+                g_low[i] = n_low[i] * cos_low[i] + n_high[i] * sin_high[i]
+            for i in range(g_high.size):
+                g_high[i] = n_high[i] * cos_high[i] - n_low[i] * sin_low[i]
+            if normed:
+                x, f = y[r, h], factor[r, h]
+                w = q_w if h < num_q else k_w
+                total = q_total if h < num_q else k_total
+                for i in range(dim):
+                    n[i] = x[i] * f
+                for i in range(dim):
+                    g[i] = _bf16(g[i]) if half else g[i]
+                for i in range(dim):
+                    total[i] += g[i] * n[i]
+                for i in range(dim):
+                    g[i] *= w[i]
+                mean = _dot(g, n) / np.float32(dim)
+                for i in range(dim):
+                    into[i] = f * (g[i] - n[i] * mean)
+            else:
+                for i in range(dim):
+                    into[i] = g[i]
+        for h in range(num_k):
+            into, grad = dy[r, num_q + num_k + h], dv[r, h]
+            for i in range(dim):
+                into[i] = grad[i]
     for i in range(dim):
         dq_w[i], dk_w[i] = np.float32(q_total[i]), np.float32(k_total[i])
 
