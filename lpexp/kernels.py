@@ -15,7 +15,7 @@ import numba
 import numpy as np
 from numba import boolean, float32, float64, int64, void
 
-f1, f2, f3, f4 = float32[::1], float32[:, ::1], float32[:, :, ::1], float32[:, :, :, ::1]
+f1, f2, f3 = float32[::1], float32[:, ::1], float32[:, :, ::1]
 i1, i2, d1 = int64[::1], int64[:, ::1], float64[::1]
 
 
@@ -170,57 +170,46 @@ def norm_back(grad: Any, x: Any, w: Any, factor: Any, half: Any, dx: Any, dw: An
 
 
 # -- queries, keys and values ------------------------------------------------------------------------------------------
-@numba.njit(fastmath={"reassoc"})
-def _squares4(x: Any, r: Any, h: Any) -> Any:
-    total = np.float32(0.0)
-    for i in range(x.shape[3]):
-        total += x[r, h, 0, i] * x[r, h, 0, i] + x[r, h, 1, i] * x[r, h, 1, i]
-    return total
-
-
-@numba.njit
-def _turn(
-    y: Any, r: Any, h: Any, w: Any, f: Any, normed: Any, cos: Any, sin: Any, p: Any, half: Any, n: Any, out: Any, o: Any
-) -> None:
-    """One head of `heads`: y[r, h] into out[r, o]."""
-    low = y.shape[3]
-    for t in range(2):
-        for i in range(low):
-            value = y[r, h, t, i] * f * w[t, i] if normed else y[r, h, t, i]
-            n[t, i] = _bf16(value) if half else value
-    for i in range(low):
-        a = n[0, i] * cos[p, 0, i] - n[1, i] * sin[p, 0, i]
-        out[r, o, 0, i] = _bf16(a) if half else a
-    for i in range(low):
-        b = n[1, i] * cos[p, 1, i] + n[0, i] * sin[p, 1, i]
-        out[r, o, 1, i] = _bf16(b) if half else b
-
-
-@compiled(f4, f2, f2, boolean, float32, f3, f3, i1, boolean, f4, f4, f4, f2)
+@compiled(f3, f1, f1, boolean, float32, f3, f3, i1, boolean, f3, f3, f3, f2)
 def heads(
     y: Any, q_w: Any, k_w: Any, normed: Any, eps: Any, cos: Any, sin: Any, at: Any, half: Any,
     q: Any, k: Any, v: Any, factor: Any,
 ) -> None:  # fmt: skip
-    """y [R, Hq + 2 Hkv, 2, D / 2] -> q, k, v [R, heads, 2, D / 2]; q and k are normed (where `normed`) and rotated.
+    """y [R, Hq + 2 Hkv, D] -> q, k, v [R, heads, D]; queries and keys are normed (where `normed`) and rotated.
 
-    n = round(y * factor * w); out = round(n * cos[at] + turned(n) * sin[at]), turned(n) = (-second half, first half)
+    n = round(y * factor * w); out = round(n * cos[at] + turned(n) * sin[at]), turned(n) = (-second half, first half);
+    cos and sin [L, 2, D / 2]
     """
-    rows, num_q, _, low = q.shape
-    num_k, dim = k.shape[1], np.float32(2 * low)
-    n = np.empty((2, low), np.float32)
+    rows, num_q, dim = q.shape
+    num_k = k.shape[1]
+    n = np.empty(dim, np.float32)
+    n_low, n_high = n[: dim // 2], n[dim // 2 :]
     for r in range(rows):
+        cos_low, cos_high, sin_low, sin_high = cos[at[r], 0], cos[at[r], 1], sin[at[r], 0], sin[at[r], 1]
         for h in range(num_q + num_k):
+            x = y[r, h]
+            out = q[r, h] if h < num_q else k[r, h - num_q]
+            out_low, out_high = out[: dim // 2], out[dim // 2 :]
             if normed:
-                factor[r, h] = np.float32(1.0) / np.sqrt(_squares4(y, r, h) / dim + eps)
-            f = factor[r, h]
-            if h < num_q:
-                _turn(y, r, h, q_w, f, normed, cos, sin, at[r], half, n, q, h)
+                w = q_w if h < num_q else k_w
+                f = np.float32(1.0) / np.sqrt(_dot(x, x) / np.float32(dim) + eps)
+                factor[r, h] = f
+                for i in range(dim):
+                    value = x[i] * f * w[i]
+                    n[i] = _bf16(value) if half else value
             else:
-                _turn(y, r, h, k_w, f, normed, cos, sin, at[r], half, n, k, h - num_q)
+                for i in range(dim):
+                    n[i] = x[i]
+            for i in range(n_low.size):
+                value = n_low[i] * cos_low[i] - n_high[i] * sin_low[i]
+                out_low[i] = _bf16(value) if half else value
+            for i in range(n_high.size):
+                value = n_high[i] * cos_high[i] + n_low[i] * sin_high[i]
+                out_high[i] = _bf16(value) if half else value
         for h in range(num_k):
-            for t in range(2):
-                for i in range(low):
-                    v[r, h, t, i] = y[r, num_q + num_k + h, t, i]
+            x, out = y[r, num_q + num_k + h], v[r, h]
+            for i in range(dim):
+                out[i] = x[i]
 
 
 @compiled(f3, f3, f3, f3, f1, f1, boolean, f3, f3, i1, boolean, f2, f3, f1, f1)

@@ -92,6 +92,8 @@ def _rewards(group: Group) -> np.ndarray:
 
 def _repetition(sample: Sample) -> float:
     """Share of the response's n-grams that occurred in it before; 0 when it is shorter than one."""
+    if len(sample.tokens_T) <= NGRAM:
+        return 0.0
     tokens = sample.tokens_T.tolist()
     grams = [tuple(tokens[i : i + NGRAM]) for i in range(len(tokens) - NGRAM + 1)]
-    return (len(grams) - len(set(grams))) / len(grams) if grams else 0.0
+    return (len(grams) - len(set(grams))) / len(grams)

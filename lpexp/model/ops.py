@@ -136,8 +136,8 @@ class _Heads(torch.autograd.Function):
         factor = y.new_empty(rows, num_q + num_k)
         tables = [_array(turn.cos, -1, 2, low), _array(turn.sin, -1, 2, low), _array(turn.at)]
         kernels.heads(
-            _array(y, rows, -1, 2, low), *(_array(w, 2, low) for w in weights), normed, eps, *tables, half,
-            *(_array(t, rows, -1, 2, low) for t in (q, k, v)), _array(factor),
+            _array(y, rows, -1, 2 * low), *(_array(w) for w in weights), normed, eps, *tables, half,
+            *(_array(t) for t in (q, k, v)), _array(factor),
         )  # fmt: skip
         ctx.save_for_backward(y, factor, *weights)
         ctx.tables, ctx.normed, ctx.half = tables, normed, half
