@@ -53,7 +53,7 @@ def checksum(weights: Mapping[str, Parts]) -> str:
     for name in sorted(weights):
         for suffix, (dtype, shape, raw) in sorted(freeze(weights[name]).items()):
             found.update(f"{name}|{suffix}|{dtype}|{shape}|".encode())
-            found.update(raw)
+            found.update(raw.data)
     return found.hexdigest()[:16]
 
 
