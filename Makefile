@@ -27,7 +27,7 @@ test: $(VENV)/.installed-extras ## the main tests, at most 15 minutes on two cor
 test-gpu: $(VENV)/.installed ## the tests that need a CUDA card; fails where there is none
 	$(BIN)/python -m pytest -m gpu
 
-check: $(VENV)/.installed ## ruff, pyright, and the layers
+check: $(VENV)/.installed-extras ## ruff, pyright, and the layers
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
