@@ -140,8 +140,7 @@ CASES: dict[str, tuple[list[str], Callable[[Path], object] | None, str]] = {
     "a quantisation that nobody reads": (
         ["bf16", *HERE],
         lambda d: edit(d, quantization_config={"quant_method": "awq"}),
-        "HERE/source/config.json: config has mistakes:\n  quantization_config: quant_method 'awq' is read by no "
-        "precision; known: KNOWN",
+        "HERE/source/config.json: quant_method 'awq' is read by no precision; known: KNOWN",
     ),
     "a quantisation that is no object": (
         ["bf16", *HERE],
