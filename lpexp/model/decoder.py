@@ -255,7 +255,8 @@ class Decoder:
         at_B = first_B + positions_B
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-            cache.k[layer][at_B], cache.v[layer][at_B] = k[:rows], v[:rows]
+            cache.k[layer].index_copy_(0, at_B, k[:rows])
+            cache.v[layer].index_copy_(0, at_B, v[:rows])
             return ops.attention(q, cache.k[layer], cache.v[layer], seen, self.scale, weights.half)
 
         return self._layers(weights, tokens_B, positions_B, spans(first_B, positions_B + 1), attend, routes)
