@@ -39,11 +39,13 @@ def train(run: Session, step: int) -> None:
             groups, seconds = run.pipeline.next(step)  # sampled by weights at most exp.lag versions old
         with note.time("reward"):
             groups = exp.task.score(groups, run.tokenizer)
-        with note.time("learn"):
-            report = trainer.step(exp.algorithm.batch(groups, step))
+        with note.time("learn"):  # what follows is queued: workers go on without waiting for the driver
+            learning = trainer.step(exp.algorithm.batch(groups, step))
+            with note.time("sync"):
+                update = trainer.publish(rollout, version=step + 1)
+            run.pipeline.ask_ahead(step + 1)
+            report = learning.result()
         with note.time("sync"):
-            update = trainer.publish(rollout, version=step + 1)
-            run.pipeline.ask_ahead(step + 1)  # queued behind the new weights: generated while this step is written down
             note.rollout(groups, seconds)
             note.learn(report)
             note.sync(update.result())

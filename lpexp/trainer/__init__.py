@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from lpexp.rollout import Rollout
 
 
+class Learning(Protocol):
+    """A batch being learned from."""
+
+    def result(self) -> LearnReport: ...
+
+
 class Publishing(Protocol):
     """A weight update under way: the rollout may be asked for samples of it already."""
 
@@ -35,7 +41,9 @@ class Trainer(Protocol):
         """Take weights, optimiser state and version from a checkpoint; None: from the experiment's start."""
         ...
 
-    def step(self, batch: Batch) -> LearnReport: ...
+    def step(self, batch: Batch) -> Learning:
+        """Learn from a batch; what is asked of the trainer next, it does with the new weights."""
+        ...
 
     def publish(self, rollout: Rollout, version: int) -> Publishing:
         """Quantise the weights of `version` (the newest, or with lag the one before) and give them to the rollout."""

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from lpexp.experiment import Experiment
     from lpexp.model.decoder import TrainWeights
     from lpexp.precision import Parts, Precision
-    from lpexp.rollout import Loading, Rollout
+    from lpexp.rollout import Rollout
 
 MOST_PARAMS_CPU, MOST_PARAMS_GPU = 1_000_000_000, 8_000_000_000  # 16 bytes each: what a laptop, and one large GPU, hold
 WEIGHTS, PREVIOUS, REFERENCE = "weights.safetensors", "previous.safetensors", "reference.safetensors"
@@ -576,12 +576,12 @@ class EmbeddedTrainer:
             for r in range(count)
         ]
         self.version = 0
-        self._coming: EmbeddedPublishing | None = None
 
     def _all(self, method: str, *args: Any) -> list[Any]:
-        return self._answers(method, [rank.call(method, *args) for rank in self.ranks])
+        return self.answers(method, [rank.call(method, *args) for rank in self.ranks])
 
-    def _answers(self, method: str, futures: Sequence[Future]) -> list[Any]:
+    def answers(self, method: str, futures: Sequence[Future]) -> list[Any]:
+        """What all ranks answer; RunError that says how to go on when one has died."""
         for rank, future in zip(self.ranks, futures, strict=True):
             if future.died():
                 raise RunError(
@@ -600,44 +600,13 @@ class EmbeddedTrainer:
         start = self.ranks[0].call("warm_up").result()
         self.version = self._all("begin", start)[0]
 
-    def step(self, batch: Batch) -> LearnReport:
-        begin = time.perf_counter()
-        futures = [rank.call("step", batch) for rank in self.ranks]
-        if self.exp.cluster.kind != "inline":  # queued behind the step, so that no rank waits for the driver
-            self._coming = EmbeddedPublishing(self, self.version + 1)
-        answers = self._answers("step", futures)
-        arrays: dict[str, np.ndarray] = {}
-        for answer in answers:
-            for start, stop, found in answer["found"]:
-                for name, rows in found.items():
-                    arrays.setdefault(name, np.zeros(batch.tokens_NT.shape, np.float32))[start:stop] = rows
-        first = answers[0]
-        sums = {name: sum(answer["sums"].get(name, 0.0) for answer in answers) for name in sorted(first["sums"])}
-        updates = self.exp.algorithm.updates_per_batch
-        scalars = {f"train/{name}": value / updates for name, value in sums.items()}
-        scalars |= {f"train/{name}": first[name] for name in ("grad_norm", "grad_clip_frac", "lr", "param_norm")}
-        seconds = {name: max(a["seconds"][name] for a in answers) for name in ("recompute", "optimizer")}
-        report = LearnReport(
-            batch=batch,
-            lp_T=arrays["lp_T"],
-            lp_P=arrays["lp_P"],
-            lp_C=arrays["lp_C"],
-            entropy=arrays["entropy"],
-            weights=arrays["weights"],
-            lp_ref=arrays.get("lp_ref"),
-            version=self.version,
-            scalars=scalars,
-            seconds=seconds | {"learn": time.perf_counter() - begin - seconds["recompute"]},
-            recompute=first["recompute"],
-        )
+    def step(self, batch: Batch) -> EmbeddedLearning:
+        learning = EmbeddedLearning(self, batch)
         self.version += 1
-        return report
+        return learning
 
     def publish(self, rollout: Rollout, version: int) -> EmbeddedPublishing:
-        coming, self._coming = self._coming, None
-        if coming is None or coming.version != version:
-            coming = EmbeddedPublishing(self, version)
-        return coming.into(rollout)
+        return EmbeddedPublishing(self, rollout, version)
 
     def save(self, directory: Path) -> None:
         self.ranks[0].call("save", str(directory)).result()
@@ -647,27 +616,62 @@ class EmbeddedTrainer:
             rank.stop()
 
 
+class EmbeddedLearning:
+    """One batch, each rank at its share."""
+
+    def __init__(self, trainer: EmbeddedTrainer, batch: Batch):
+        self.trainer, self.batch, self.version = trainer, batch, trainer.version
+        self.begin = time.perf_counter()
+        self.futures = [rank.call("step", batch) for rank in trainer.ranks]
+        if trainer.exp.cluster.kind == "inline":
+            trainer.answers("step", self.futures)  # it has been made: what broke it is told before more is asked
+
+    def result(self) -> LearnReport:
+        batch, trainer = self.batch, self.trainer
+        answers = trainer.answers("step", self.futures)
+        arrays: dict[str, np.ndarray] = {}
+        for answer in answers:
+            for start, stop, found in answer["found"]:
+                for name, rows in found.items():
+                    arrays.setdefault(name, np.zeros(batch.tokens_NT.shape, np.float32))[start:stop] = rows
+        first = answers[0]
+        sums = {name: sum(answer["sums"].get(name, 0.0) for answer in answers) for name in sorted(first["sums"])}
+        updates = trainer.exp.algorithm.updates_per_batch
+        scalars = {f"train/{name}": value / updates for name, value in sums.items()}
+        scalars |= {f"train/{name}": first[name] for name in ("grad_norm", "grad_clip_frac", "lr", "param_norm")}
+        seconds = {name: max(a["seconds"][name] for a in answers) for name in ("recompute", "optimizer")}
+        return LearnReport(
+            batch=batch,
+            lp_T=arrays["lp_T"],
+            lp_P=arrays["lp_P"],
+            lp_C=arrays["lp_C"],
+            entropy=arrays["entropy"],
+            weights=arrays["weights"],
+            lp_ref=arrays.get("lp_ref"),
+            version=self.version,
+            scalars=scalars,
+            seconds=seconds | {"learn": time.perf_counter() - self.begin - seconds["recompute"]},
+            recompute=first["recompute"],
+        )
+
+
 class EmbeddedPublishing:
     """One version's way to the engines: the first rank ships, the last one measures, the engines load."""
 
-    def __init__(self, trainer: EmbeddedTrainer, version: int):
-        self.version, ranks = version, trainer.ranks
-        self.begin = time.perf_counter()
-        self.shards, self.sent = trainer.workers.share(ranks[0], "served", version)
+    def __init__(self, trainer: EmbeddedTrainer, rollout: Rollout, version: int):
+        begin, ranks = time.perf_counter(), trainer.ranks
+        self.version = version
+        shards, self.sent = trainer.workers.share(ranks[0], "served", version)
         last = len(ranks) - 1
         self.others = [r.call("prepare", version, i == last) for i, r in enumerate(ranks) if i or not last]
-        self.loading: Loading | None = None
-
-    def into(self, rollout: Rollout) -> EmbeddedPublishing:
-        """Hand it to the engines; the time since then is what the update costs the loop."""
-        self.begin, self.loading = time.perf_counter(), rollout.load(self.shards, self.version)
-        return self
+        self.loading = rollout.load(shards, version)
+        self.asking = time.perf_counter() - begin  # in one process that is all of it
 
     def result(self) -> SyncReport:
-        assert self.loading is not None
+        begin = time.perf_counter()
         held, seconds = self.loading.result()
         report, quant = self.sent.result(), [other.result() for other in self.others][-1]
-        whole = time.perf_counter() - self.begin
+        whole = self.asking + time.perf_counter() - begin
         wrong = [index for index, checksum in enumerate(held) if checksum != report.checksum_sent]
         if wrong:
             raise RunError(
