@@ -19,9 +19,9 @@ from torch.nn.functional import pad
 from lpexp import kernels
 from lpexp.errors import NonFiniteWeightError, RunError
 from lpexp.precision import Tally, e4m3
+from lpexp.precision.e4m3 import BLOCK
 
 PAD_ROWS = 16  # a product of a multiple of 16 rows has the same bits in every row, however many rows there are
-BLOCK = 128
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 FLOOR = 1e-10  # least amax of weights and activations
