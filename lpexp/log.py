@@ -54,6 +54,8 @@ from lpexp.metric.reward import eval_metrics, response_metrics, reward_metrics
 from lpexp.metric.sync import sync_metrics
 
 if TYPE_CHECKING:
+    import psutil
+
     from lpexp.experiment import Experiment
 
 PACKAGES = ("lpexp", "torch", "ray", "numpy", "pydantic", "hydra-core", "safetensors", "tokenizers", "wandb")
@@ -70,6 +72,7 @@ class Log:
         self.console = Console(exp.steps, start_step)
         self.version: int | None = None  # what the rollout serves, once a sync was logged
         self.agreed = False  # set once trainer and rollout were found to hold that contract
+        self.memory = _Memory()
         self._clock = _Clock()
         self._started = False
         _describe(self)
@@ -208,7 +211,7 @@ class Note:
             "throughput/longest_sample_tokens_per_s": (self._longest, self._generating),
         }
         self._add(times | {key: amount / seconds for key, (amount, seconds) in speeds.items() if amount and seconds})
-        self._add({"memory/host_rss_bytes": _resident_bytes()})
+        self._add({"memory/host_rss_bytes": self._log.memory.resident_bytes()})
         for key, value in self._metrics.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise RunError(f"step {self.step}: {key} is {value}; nothing is logged for this step")
@@ -220,6 +223,31 @@ class Note:
         unknown = sorted(key for key in found if find(key) is None)
         assert not unknown, f"not in the metric dictionary (lpexp/metric/__init__.py): {unknown}"
         self._metrics |= found
+
+
+class _Memory:
+    """Resident bytes of this process and everything below it.
+
+    Who is below is asked anew every few seconds only: it takes a look at every process of the machine.
+    """
+
+    AGE_S = 5.0
+
+    def __init__(self) -> None:
+        self._family: list[psutil.Process] = []
+        self._asked = -math.inf
+
+    def resident_bytes(self) -> int:
+        import psutil
+
+        if time.monotonic() - self._asked > self.AGE_S:
+            me = psutil.Process()
+            self._family, self._asked = [me, *me.children(recursive=True)], time.monotonic()
+        total = 0
+        for process in self._family:
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):  # it ended since
+                total += process.memory_info().rss
+        return total
 
 
 class _Clock:
@@ -389,17 +417,6 @@ def _output(command: list[str]) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return answer.stdout.strip() if answer.returncode == 0 else None
-
-
-def _resident_bytes() -> int:
-    """Of this process and everything below it."""
-    import psutil
-
-    me, total = psutil.Process(), 0
-    for process in (me, *me.children(recursive=True)):
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):  # it ended while we counted
-            total += process.memory_info().rss
-    return total
 
 
 def _kept(overrides: Sequence[str], *dropped: str) -> list[str]:

@@ -215,13 +215,17 @@ class Generation:
         import torch
         from torch.nn.utils.rnn import pad_sequence
 
-        cache, free = self.engine.cache, self.engine.slots - len(self.live)
+        engine = self.engine
+        cache, free = engine.cache, engine.slots - len(self.live)
         taken = [self.waiting.pop() for _ in range(min(len(self.waiting), free))]
-        self._prefill([p for p in dict.fromkeys(p for p, _ in taken) if p not in self.prefilled])
+        asked = list(dict.fromkeys(p for p, _ in taken))
+        self._prefill([p for p in asked if p not in self.prefilled])
         begin, made = len(self.live), [self.prefilled[p] for p, _ in taken]
-        for layer in range(self.engine.model.num_hidden_layers):
-            kept = ([one.layers[layer][which] for one in made] for which in (0, 1))
-            cache.put(layer, begin, *(pad_sequence(rows, batch_first=True) for rows in kept))
+        place = {p: i for i, p in enumerate(asked)}
+        owner = torch.tensor([place[p] for p, _ in taken], device=engine.device)
+        for layer in range(engine.model.num_hidden_layers):
+            kept = ([self.prefilled[p].layers[layer][which] for p in asked] for which in (0, 1))
+            cache.put(layer, begin, *(pad_sequence(rows, batch_first=True)[owner] for rows in kept))
         for (p, g), one in zip(taken, made, strict=True):
             self.live.append(Live(p, g, len(self.prompts[p].tokens), routes=list(one.routes)))
         needed = self.waiting[-1][0] if self.waiting else None  # samples are admitted prompt by prompt
