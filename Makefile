@@ -7,6 +7,7 @@ PYTHON ?= python3
 WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
+TODAY := $(shell date -u +%F)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # One OpenMP thread a process: processes that each spin two threads on two cores are many times slower.
@@ -41,8 +42,8 @@ evidence: $(VENV)/.installed-bench ## what takes an hour: learning over seeds, m
 	$(BIN)/python benchmarks/evidence.py
 
 benchmark: $(VENV)/.installed-bench ## lpexp beside TRL and transformers; results go to docs/results/
-	$(BIN)/python benchmarks/vs_trl.py --check --out docs/results/vs_trl.json
-	$(BIN)/python benchmarks/rollout.py --out docs/results/rollout.json
+	$(BIN)/python benchmarks/vs_trl.py --check --out docs/results/$(TODAY)-vs_trl.md
+	$(BIN)/python benchmarks/rollout.py --out docs/results/$(TODAY)-rollout.md
 
 clean: ## remove the environment and caches; outputs/ stays
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info

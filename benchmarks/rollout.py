@@ -11,7 +11,6 @@ nothing after it. The first of the repeats warms up and is left out; the arms al
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from vs_trl import provenance  # it puts the checkout on the path
+from vs_trl import write_page  # it puts the checkout on the path
 
 Arm = Callable[[int], int]  # repeat -> tokens generated
 
@@ -34,16 +33,17 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=64, help="at most, a sample")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--model", default="qwen3_tiny", help="a card of conf/model/ that starts from scratch")
-    parser.add_argument("--out", type=Path, help="write the result as JSON")
+    parser.add_argument("--out", type=Path, help="write the result as a page")
     args = parser.parse_args()
     rates = measure(args)
-    print("| arm | tokens/s (median) | lowest | highest |\n| --- | --- | --- | --- |")
-    for arm, each in rates.items():
-        print(f"| {arm} | {statistics.median(each):.0f} | {min(each):.0f} | {max(each):.0f} |")
+    lines = ["| arm | tokens/s (median) | lowest | highest |", "| --- | --- | --- | --- |"]
+    lines += [
+        f"| {arm} | {statistics.median(each):.0f} | {min(each):.0f} | {max(each):.0f} |" for arm, each in rates.items()
+    ]
+    print("\n".join(lines))
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        work = {"prompts": args.prompts, "samples": args.samples, "tokens": args.tokens, "model": args.model}
-        args.out.write_text(json.dumps(provenance() | work | {"tokens_per_second": rates}, indent=2) + "\n")
+        work = f"{args.prompts} prompts x {args.samples} samples of at most {args.tokens} tokens, {args.model}"
+        write_page(args.out, "rollout", "\n".join(lines), work)
     return 0
 
 

@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,7 @@ def main() -> int:
     result = summary(medians, args)
     print(table(result))
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+        write_page(args.out, "vs_trl", table(result), f"each repeat: {result['each_repeat']}")
     if args.check:
         return check(result)
     return 0
@@ -67,7 +67,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=30, help="of each run")
     parser.add_argument("--skip", type=int, default=5, help="first steps left out of each run's median")
     parser.add_argument("--only", action="append", help="arms whose name holds this word; may be repeated")
-    parser.add_argument("--out", type=Path, help="write the result as JSON")
+    parser.add_argument("--out", type=Path, help="write the result as a page")
     parser.add_argument("--check", action="store_true", help="exit 1 when a target is missed")
     parser.add_argument("--arm", choices=TRL_ARMS, help=argparse.SUPPRESS)  # one TRL run, in this process
     args = parser.parse_args()
@@ -232,7 +232,7 @@ def summary(medians: dict[str, list[float]], args: argparse.Namespace) -> dict[s
     seconds = {arm: statistics.median(values) for arm, values in medians.items()}
     trl = {arm: value for arm, value in seconds.items() if arm in TRL_ARMS}
     fastest = min(trl, key=trl.__getitem__) if trl else None
-    return provenance() | {
+    return {
         "steps": args.steps,
         "skip": args.skip,
         "repeats": args.repeats,
@@ -243,13 +243,26 @@ def summary(medians: dict[str, list[float]], args: argparse.Namespace) -> dict[s
     }
 
 
-def provenance() -> dict[str, Any]:
-    """When, of which commit and on what machine: without these a number means nothing."""
+def write_page(path: Path, name: str, table: str, *notes: str) -> None:
+    """A dated page: when, of which commit, on what machine and by which command; without these a number means nothing."""
     words = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    commit = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
-    machine = {"cores": os.cpu_count(), "processor": processor(), "python": platform.python_version()}
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"date": now, "commit": commit.stdout.strip() or None, "machine": machine}
+    commit = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    command = f"python benchmarks/{name}.py {' '.join(sys.argv[1:])}".replace(str(ROOT) + "/", "")
+    lines = [
+        f"# {name}",
+        "",
+        f"- date: {datetime.now(UTC).isoformat(timespec='minutes')}",
+        f"- commit: {commit}",
+        f"- machine: {os.cpu_count()} cores of {processor()}, load {os.getloadavg()[2]:.1f} over 15 minutes",
+        f"- versions: Python {platform.python_version()}, "
+        + ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers", "trl")),
+        f"- command: `{command}`",
+        *(f"- {note}" for note in notes),
+        "",
+        table,
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
 
 
 def processor() -> str:
