@@ -244,7 +244,7 @@ def summary(medians: dict[str, list[float]], args: argparse.Namespace) -> dict[s
 
 
 def write_page(path: Path, name: str, table: str, *notes: str) -> None:
-    """A dated page: when, of which commit, on what machine and by which command; without these a number means nothing."""
+    """A dated page: when, of which commit, on what machine, by which command; without these a number means nothing."""
     words = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     commit = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     command = f"python benchmarks/{name}.py {' '.join(sys.argv[1:])}".replace(str(ROOT) + "/", "")
