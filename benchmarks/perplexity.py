@@ -127,7 +127,7 @@ def perplexity(model: Model, weights: ServedWeights, tokens: list[int], window: 
         for start in range(0, len(tokens) - 1, window):
             ids = torch.tensor([tokens[start : start + window]])
             hidden = decoder.hidden(weights, ids)[:, :-1]
-            logprobs = token_logprobs(decoder.head(weights, hidden), ids[:, 1:], 1.0)
+            logprobs, _ = token_logprobs(decoder.head(weights, hidden), ids[:, 1:], 1.0)
             total -= float(logprobs.double().sum())
             count += logprobs.numel()
     return math.exp(total / count)

@@ -309,7 +309,7 @@ def rescored(
     """(log-probs under this engine's weights, those that the samples came with, mask, entropy), all [N, T]."""
     import torch
 
-    from lpexp.model.decoder import token_entropy, token_logprobs
+    from lpexp.model.decoder import token_logprobs
 
     rows = [(group.prompt.tokens, sample) for group in groups for sample in group.samples]
     width = max(len(prompt) + len(sample.tokens_T) for prompt, sample in rows)
@@ -326,8 +326,9 @@ def rescored(
             held, on = torch.from_numpy(tokens[part]).to(engine.device), torch.from_numpy(mask[part]).to(engine.device)
             hidden = engine.decoder.hidden(engine.weights, held)
             logits = engine.decoder.head(engine.weights, hidden[:, :-1][on[:, 1:]])  # of the token before each
-            scored[part][mask[part]] = token_logprobs(logits, held[on], temperature).cpu().numpy()
-            entropy[part][mask[part]] = token_entropy(logits, temperature).cpu().numpy()
+            found = token_logprobs(logits, held[on], temperature)
+            for into, values in zip((scored, entropy), found, strict=True):
+                into[part][mask[part]] = values.cpu().numpy()
     return scored, served, mask, entropy
 
 

@@ -99,6 +99,22 @@ def _dot64(a: Any, b: Any, m: Any, g: Any) -> Any:
     return total
 
 
+@numba.njit(fastmath={"reassoc"})
+def _sum64(a: Any) -> Any:
+    total = 0.0
+    for i in range(a.size):
+        total += a[i]
+    return total
+
+
+@numba.njit(fastmath={"reassoc"})
+def _inner64(a: Any, b: Any) -> Any:
+    total = 0.0
+    for i in range(a.size):
+        total += a[i] * b[i]
+    return total
+
+
 # -- rounding and sums -------------------------------------------------------------------------------------------------
 @compiled(f1, f1)
 def round_to(x: Any, out: Any) -> None:
@@ -357,6 +373,41 @@ def attend_back(
                     dq[r, h, d] += slope * k[m, g, d]
                 for d in range(dim):
                     dk[m, g, d] += slope * q[r, h, d]
+
+
+# -- log-probabilities -------------------------------------------------------------------------------------------------
+@compiled(f2, i1, float64, f1, f1, f2)
+def log_softmax_at(logits: Any, at: Any, temperature: Any, logprob: Any, entropy: Any, norm: Any) -> None:
+    """z = (logits - max) / temperature, Z = sum exp(z), all in float64; norm [R, 2] keeps the maximum and log Z.
+
+    logprob[r] = z[at[r]] - log Z; entropy[r] = log Z - sum exp(z) z / Z
+    """
+    rows, size = logits.shape
+    z, e = np.empty(size, np.float64), np.empty(size, np.float64)
+    for r in range(rows):
+        top = logits[r, 0]
+        for j in range(size):
+            top = max(top, logits[r, j])
+        for j in range(size):
+            z[j] = (float64(logits[r, j]) - float64(top)) / temperature
+        for j in range(size):
+            e[j] = _exp64(z[j])
+        total = _sum64(e)
+        log_total = np.log(total)
+        logprob[r] = np.float32(z[at[r]] - log_total)
+        entropy[r] = np.float32(log_total - _inner64(e, z) / total)
+        norm[r, 0], norm[r, 1] = top, np.float32(log_total)
+
+
+@compiled(f1, f2, i1, float32, f2, f2)
+def log_softmax_at_back(grad: Any, logits: Any, at: Any, temperature: Any, norm: Any, dlogits: Any) -> None:
+    """dlogits[r, j] = grad[r] / temperature * ((j == at[r]) - softmax[r, j])"""
+    rows, size = logits.shape
+    for r in range(rows):
+        top, log_total, slope = norm[r, 0], norm[r, 1], grad[r] / temperature
+        for j in range(size):
+            dlogits[r, j] = -slope * _exp((logits[r, j] - top) / temperature - log_total)
+        dlogits[r, at[r]] += slope
 
 
 # -- sampling ----------------------------------------------------------------------------------------------------------

@@ -436,20 +436,14 @@ class Rope:
         return Rotation(self.cos, self.sin, positions_R)
 
 
-def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-    """log softmax(logits / temperature) at `tokens`; logits [..., V] float32, tokens [...] -> [...] float32.
+def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """log softmax(logits / temperature) at `tokens`, and the entropy (nat) of that softmax over the whole vocabulary.
 
-    The one function behind lp_R, lp_T and lp_C. Temperature 0 (greedy) reports at temperature 1.
+    logits [..., V] float32, tokens [...] -> two float32 [...]. The one function behind lp_R, lp_T and lp_C.
+    Temperature 0 (greedy) reports at temperature 1. The entropy has no gradient.
     """
-    z = logits / (temperature or 1.0)
-    return z.gather(-1, tokens[..., None])[..., 0] - z.logsumexp(-1)
-
-
-def token_entropy(logits: Tensor, temperature: float) -> Tensor:
-    """Entropy in nat of softmax(logits / temperature) over the whole vocabulary: [..., V] -> [...]."""
-    z = logits / (temperature or 1.0)
-    total = z.logsumexp(-1)
-    return total - ((z - total[..., None]).exp() * z).sum(-1)
+    found = ops.log_softmax_at(logits.flatten(0, -2), tokens.flatten(), temperature or 1.0)
+    return found[0].view(tokens.shape), found[1].view(tokens.shape)
 
 
 def initial_tensors(model: Model, seed: int) -> dict[str, Tensor]:

@@ -244,3 +244,41 @@ class _Attention(torch.autograd.Function):
         arrays = [_array(t) for t in (grad, q, k, v, seen_R4, share)]
         kernels.attend_back(*arrays, ctx.scale, ctx.half, *(_array(t) for t in (dq, dk, dv)))
         return dq, dk, dv, None, None, None
+
+
+# -- log-probabilities -------------------------------------------------------------------------------------------------
+def log_softmax_at(logits: Tensor, at: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """log softmax(logits / temperature) at one place of each row, and that softmax's entropy (nat, no gradient).
+
+    logits [R, V] float32, at [R] -> two float32 [R].
+    """
+    return run(_LogSoftmaxAt, plain_log_softmax_at, logits, at, temperature)
+
+
+def plain_log_softmax_at(logits: Tensor, at: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    z = logits / temperature
+    total = z.logsumexp(-1)
+    with torch.no_grad():
+        entropy = total - ((z - total[:, None]).exp() * z).sum(-1)
+    return z.gather(-1, at[:, None])[:, 0] - total, entropy
+
+
+class _LogSoftmaxAt(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, at: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        rows = len(logits)
+        logprob, entropy, norm = logits.new_empty(rows), logits.new_empty(rows), logits.new_empty(rows, 2)
+        into = (_array(t) for t in (logprob, entropy, norm))
+        kernels.log_softmax_at(_array(logits), _array(at), temperature, *into)
+        ctx.save_for_backward(logits, at, norm)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropy)
+        return logprob, entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> Any:  # type: ignore[override]
+        logits, at, norm = ctx.saved_tensors
+        dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        arrays = (_array(t) for t in (grad, logits, at))
+        kernels.log_softmax_at_back(*arrays, ctx.temperature, _array(norm), _array(dlogits))
+        return dlogits, None, None

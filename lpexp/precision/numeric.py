@@ -58,6 +58,8 @@ class _Unrecorded:
 
     def save_for_backward(self, *tensors: Tensor) -> None: ...
 
+    def mark_non_differentiable(self, *tensors: Tensor) -> None: ...
+
 
 def recorded(function: Any, *args: Any) -> Any:
     """function.apply; without gradients its forward alone, which for small tensors takes half the time."""

@@ -167,7 +167,7 @@ class Generation:
         p, g, place = np.array([(one.p, one.g, len(one.tokens)) for one in live]).T
         u = self.uniforms_PGT[p, g, place]
         drawn = draw(logits, torch.from_numpy(u).to(logits.device), how.temperature, how.top_p, how.top_k)
-        logprobs = token_logprobs(logits, drawn, how.temperature)
+        logprobs, _ = token_logprobs(logits, drawn, how.temperature)
         for one, token, logprob in zip(live, drawn.tolist(), logprobs.tolist(), strict=True):
             one.tokens.append(token)
             one.logprobs.append(logprob)

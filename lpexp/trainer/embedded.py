@@ -383,14 +383,13 @@ class EmbeddedRank:
         """Log-probability and entropy of each response token: two float32 vectors over part.mask_NT's tokens."""
         import torch
 
-        from lpexp.model.decoder import token_entropy, token_logprobs
+        from lpexp.model.decoder import token_logprobs
 
         view = Shared(part)
         prompts, answers, owner, lengths, before, tokens = (torch.from_numpy(a).to(self.device) for a in view.arrays)
         hidden = self.decoder.continued(weights, prompts, answers, owner, lengths)
         logits = self.decoder.head(weights, hidden[before])  # of the token before each response token
-        temperature = self.exp.rollout.temperature
-        return token_logprobs(logits, tokens, temperature), token_entropy(logits.detach(), temperature)
+        return token_logprobs(logits, tokens, self.exp.rollout.temperature)
 
     def _backward(
         self, part: Batch, found: Found, start: int, ahead: bool, num_tokens: int, num_samples: int

@@ -112,7 +112,7 @@ def test_the_gap_is_that_of_the_sampled_tokens_scored_again(at):
         for sample in group.samples:
             tokens = torch.tensor([[*group.prompt.tokens, *sample.tokens_T.tolist()]])
             logits = decoder.logits(weights, tokens)[:, :-1]
-            lp = token_logprobs(logits, tokens[:, 1:], 1.0)[0, len(group.prompt.tokens) - 1 :]
+            lp = token_logprobs(logits, tokens[:, 1:], 1.0)[0][0, len(group.prompt.tokens) - 1 :]
             gaps.append(lp.numpy() - sample.logprobs_T)
     d = np.concatenate(gaps).astype(np.float64)
     assert np.array_equal((scored - served)[mask], d.astype(np.float32)) and np.abs(d).max() > 0

@@ -60,7 +60,7 @@ def test_perplexity_on_simple_prose_is_that_of_a_working_model(ours: Any) -> Non
     decoder, weights, tokenizer = ours
     ids = torch.tensor([tokenizer.encode(PROSE)])
     with torch.inference_mode():
-        logprobs = token_logprobs(decoder.logits(weights, ids)[:, :-1], ids[:, 1:], 1.0)
+        logprobs, _ = token_logprobs(decoder.logits(weights, ids)[:, :-1], ids[:, 1:], 1.0)
     assert 3 < math.exp(-float(logprobs.mean())) < 30  # a shuffled q or k, or a wrong rope base, gives hundreds
 
 

@@ -126,6 +126,29 @@ def test_a_row_that_sees_nothing_gets_zeros_and_gives_no_gradient():
     assert not out.any() and not any(x.grad.any() for x in (q, k, v))  # type: ignore[union-attr]
 
 
+def test_log_probabilities_entropy_and_gradient_are_those_of_float64():
+    logits, at = 4 * torch.randn(ROWS, 61, generator=RNG), torch.arange(ROWS) % 61
+    logits[0, 3], logits[1, 5] = -1e4, 80.0  # a token that cannot be, and one that must
+    exact, inner = logits.double().requires_grad_(), 0.7
+    share = (exact / inner).log_softmax(-1)
+    lp, entropy = share.gather(-1, at[:, None])[:, 0], -(share.exp() * share).sum(-1)
+    slopes = torch.randn(ROWS, generator=RNG)
+    (lp * slopes).sum().backward()
+    for function in (ops.log_softmax_at, ops.plain_log_softmax_at):
+        leaf = logits.clone().requires_grad_()
+        found = function(leaf, at, inner)
+        (found[0] * slopes).sum().backward()
+        assert not found[1].requires_grad
+        for a, b in ((found[0], lp), (found[1], entropy), (leaf.grad, exact.grad)):
+            assert a is not None and b is not None
+            assert torch.allclose(a.double(), b, rtol=2e-5, atol=2e-5), (function, float((a - b).abs().max()))
+    alone = ops.log_softmax_at(logits[7:8], at[7:8], inner)
+    whole = ops.log_softmax_at(logits, at, inner)
+    assert all(torch.equal(one, many[7:8]) for one, many in zip(alone, whole, strict=True))
+    kernel = [float((x.detach() - y.detach()).abs().max()) for x, y in zip(whole, (lp, entropy), strict=True)]
+    assert kernel[0] < 1e-3 and kernel[1] < 1e-6, kernel  # one rounding to float32 of up to 1e4, and of at most 4
+
+
 def test_rounding_is_torchs_for_every_kind_of_value():
     bits = torch.randint(-(2**31), 2**31 - 1, (200_000,), generator=RNG, dtype=torch.int64).to(torch.int32)
     halves = torch.arange(-(2**15), 2**15, dtype=torch.int32) << 16
