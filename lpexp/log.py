@@ -54,8 +54,6 @@ from lpexp.metric.reward import eval_metrics, response_metrics, reward_metrics
 from lpexp.metric.sync import sync_metrics
 
 if TYPE_CHECKING:
-    import psutil
-
     from lpexp.experiment import Experiment
 
 PACKAGES = ("lpexp", "torch", "ray", "numpy", "pydantic", "hydra-core", "safetensors", "tokenizers", "wandb")
@@ -226,28 +224,24 @@ class Note:
 
 
 class _Memory:
-    """Resident bytes of this process and everything below it.
+    """Resident bytes of this process and everything below it, at most a second old: quick steps share one look at
+    every process of the machine."""
 
-    Who is below is asked anew every few seconds only: it takes a look at every process of the machine.
-    """
-
-    AGE_S = 5.0
+    AGE_S = 1.0
 
     def __init__(self) -> None:
-        self._family: list[psutil.Process] = []
-        self._asked = -math.inf
+        self._bytes, self._seen = 0, -math.inf
 
     def resident_bytes(self) -> int:
         import psutil
 
-        if time.monotonic() - self._asked > self.AGE_S:
+        if time.monotonic() - self._seen > self.AGE_S:
             me = psutil.Process()
-            self._family, self._asked = [me, *me.children(recursive=True)], time.monotonic()
-        total = 0
-        for process in self._family:
-            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):  # it ended since
-                total += process.memory_info().rss
-        return total
+            self._bytes, self._seen = 0, time.monotonic()
+            for process in (me, *me.children(recursive=True)):
+                with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):  # it ended while we counted
+                    self._bytes += process.memory_info().rss
+        return self._bytes
 
 
 class _Clock:

@@ -112,8 +112,14 @@ class Pipeline:
     def __init__(self, session: Session):
         self.session = session
         self.pending: dict[int, Pending] = {}
-        start = session.start
-        if session.exp.lag and start:  # the batch in hand was sampled by the weights one version back
+        exp, start = session.exp, session.start
+        self.sampling = Sampling(
+            temperature=exp.rollout.temperature,
+            top_p=exp.rollout.top_p,
+            top_k=exp.rollout.top_k,
+            samples=exp.algorithm.samples_per_prompt,
+        )
+        if exp.lag and start:  # the batch in hand was sampled by the weights one version back
             session.log.sync(session.publish(start - 1))
             self.ask(start)
         session.log.sync(session.publish(start))
@@ -123,14 +129,8 @@ class Pipeline:
         exp = self.session.exp
         if step in self.pending or step >= exp.steps:
             return
-        sampling = Sampling(
-            temperature=exp.rollout.temperature,
-            top_p=exp.rollout.top_p,
-            top_k=exp.rollout.top_k,
-            samples=exp.algorithm.samples_per_prompt,
-        )
         prompts = exp.task.train(exp.seed, step, self.session.tokenizer)
-        self.pending[step] = self.session.rollout.sample(prompts, sampling, step)
+        self.pending[step] = self.session.rollout.sample(prompts, self.sampling, step)
 
     def ask_ahead(self, step: int) -> None:
         """As `ask`, where generating goes on beside the driver; in one process it would only move the time."""
