@@ -89,7 +89,7 @@ class Scaled(Scoped):
         with torch.no_grad():
             x2 = x.reshape(-1, x.shape[-1])
             q_x, s_x = numeric.quantize_e4m3(x2, 1, numeric.FLOOR, False)
-            y = numeric.matmul_rows(q_x, operand.codes).mul_(s_x).mul_(operand.scale_N)  # [M, K] @ [K, N]
+            y = numeric.matmul_bf16(q_x, operand.codes).mul_(s_x).mul_(operand.scale_N)  # [M, K] @ [K, N]
             return numeric.bf16(y).reshape(*x.shape[:-1], y.shape[1])
 
     @property
