@@ -369,7 +369,8 @@ def route(moe: Moe, logits_RE: Tensor, bias_E: Tensor | None) -> tuple[Tensor, T
         if moe.num_groups > 1:
             grouped = ranked_RE.unflatten(-1, (moe.num_groups, -1))
             best_RG = grouped.topk(2, -1).values.sum(-1)
-            kept = torch.zeros_like(best_RG, dtype=torch.bool).scatter(1, best_RG.topk(moe.top_groups, -1).indices, True)
+            best = best_RG.topk(moe.top_groups, -1).indices
+            kept = torch.zeros_like(best_RG, dtype=torch.bool).scatter(1, best, True)
             ranked_RE = grouped.masked_fill(~kept[..., None], 0.0).flatten(1)
     else:
         scores_RE = ranked_RE = torch.softmax(logits_RE, -1)

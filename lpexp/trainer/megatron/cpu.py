@@ -104,4 +104,4 @@ class _OnCpu(TorchFunctionMode):
 def _means_cuda(device: Any) -> bool:
     if isinstance(device, torch.device):
         return device.type == "cuda"
-    return isinstance(device, str) and device.startswith("cuda") or type(device) is int
+    return (isinstance(device, str) and device.startswith("cuda")) or type(device) is int
