@@ -73,7 +73,7 @@ class Workers:
             self._guardian = Guardian()
             _open_ray(cluster)
 
-    def spawn(self, name: str, kind: type, *args: Any, env: dict[str, str] | None = None) -> Handle:
+    def spawn(self, name: str, kind: Callable[..., Any], *args: Any, env: dict[str, str] | None = None) -> Handle:
         """A worker that holds `kind(*args)`; `env` is set before it starts."""
         make = _RayHandle if self.cluster.kind == "ray" else _InlineHandle
         handle = make(name, kind, args, env or {})
@@ -121,7 +121,7 @@ class _Done:
 
 
 class _InlineHandle:
-    def __init__(self, name: str, kind: type, args: tuple[Any, ...], env: dict[str, str]):
+    def __init__(self, name: str, kind: Callable[..., Any], args: tuple[Any, ...], env: dict[str, str]):
         os.environ.update(env)
         self.name, self._held = name, kind(*args)
 
@@ -180,7 +180,7 @@ class _RayFuture:
 
 
 class _RayHandle:
-    def __init__(self, name: str, kind: type, args: tuple[Any, ...], env: dict[str, str]):
+    def __init__(self, name: str, kind: Callable[..., Any], args: tuple[Any, ...], env: dict[str, str]):
         import ray
 
         options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0, "max_task_retries": 0}
@@ -210,7 +210,7 @@ class _RayHandle:
 class _Worker:
     """The actor: one object of ours and its methods by name."""
 
-    def __init__(self, kind: type, args: tuple[Any, ...]):
+    def __init__(self, kind: Callable[..., Any], args: tuple[Any, ...]):
         self._held = kind(*args)
         gc.collect()
         gc.freeze()  # what lives as long as the worker is not searched again and again

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 
 class TrainerGroup:
-    """`count` ranks of `kind`, made with (exp, rank, count, meet): `meet` is a file that they find each other by."""
+    """`count` ranks, made with (exp, rank, count, meet): `meet` is a file that they find each other by."""
 
-    def __init__(self, exp: Experiment, workers: Workers, kind: type, count: int, meet: bool):
+    def __init__(self, exp: Experiment, workers: Workers, kind: Callable[..., Any], count: int, meet: bool):
         self.exp, self.workers = exp, workers
         at = str(workers.scratch / "trainer-rendezvous") if meet else None
         env = exp.trainer.environment(exp)

@@ -5,12 +5,14 @@ Left out in this version: the backend itself; `build` says so and what to type i
 
 from __future__ import annotations
 
+import importlib.util
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from lpexp.errors import ConfigError, Mistake
+from lpexp.errors import Mistake
 from lpexp.model import divisors
 from lpexp.trainer import Trainer, TrainerSpec
 
@@ -29,7 +31,9 @@ class MegatronTrainerSpec(TrainerSpec):
     ep: int = Field(ge=1)
     etp: int = Field(ge=1)
     last_stage_layers: int | None = Field(ge=1)  # None: layers split evenly
+    ranks: int | None = Field(ge=1)  # without GPUs: how many processes; None: as few as the sizes allow
     max_tokens_per_gpu: int = Field(ge=1)  # of a micro-batch
+    bucket_mb: int = Field(ge=1)  # of 16-bit weights that are gathered and quantised at a time
     optimizer_offload: bool  # Adam's state in host memory
     lr: float = Field(ge=0)
     betas: tuple[float, float] = Field(strict=False)
@@ -39,13 +43,7 @@ class MegatronTrainerSpec(TrainerSpec):
     lr_warmup_steps: int = Field(ge=0)
 
     def judge(self, exp: Experiment) -> Iterable[Mistake]:
-        model, world = exp.model.sized(), exp.cluster.nodes * exp.cluster.gpus_per_node
-        if world == 0:
-            yield Mistake(
-                "cluster",
-                f"{exp.cluster.name} has no GPU and trainer megatron needs some; type cluster=h200, or scale=laptop",
-            )
-            return
+        model, world = exp.model.sized(), self.world(exp)
         whole = f"make their product divide {world}"
         if world % (self.tp * self.pp * self.cp):
             over = f"trainer.tp {self.tp} x trainer.pp {self.pp} x trainer.cp {self.cp}"
@@ -76,14 +74,22 @@ class MegatronTrainerSpec(TrainerSpec):
         message = f"{layers} layers{last} do not split evenly over {self.pp} stages"
         yield Mistake("trainer.pp", f"{message}; use {way}a trainer.pp that divides {layers}")
 
+    def world(self, exp: Experiment) -> int:
+        """How many ranks there are: one a GPU; on cores those that were typed, else as few as the sizes allow."""
+        if exp.cluster.gpus_per_node:
+            return exp.cluster.nodes * exp.cluster.gpus_per_node
+        return self.ranks or math.lcm(self.tp * self.pp * self.cp, self.etp * self.ep * self.pp if exp.model.moe else 1)
+
     def build(self, exp: Experiment, workers: Workers) -> Trainer:
-        raise ConfigError([Mistake("trainer", f"megatron: {self.missing(exp)}")])
+        from lpexp.trainer.megatron.driver import MegatronTrainer
+
+        return MegatronTrainer(exp, self, workers)
 
     def environment(self, exp: Experiment) -> dict[str, str]:
         return {"CUDA_DEVICE_MAX_CONNECTIONS": "1", **exp.precision.environment()}
 
     def plan(self, exp: Experiment) -> list[dict[str, Any]]:
-        world = exp.cluster.nodes * exp.cluster.gpus_per_node
+        world = self.world(exp)
         what = (
             f"Megatron-core, tp {self.tp} x pp {self.pp} x cp {self.cp} x dp {world // (self.tp * self.pp * self.cp)}"
         )
@@ -95,7 +101,17 @@ class MegatronTrainerSpec(TrainerSpec):
         return [{"role": "trainer rank", "count": world, "what": f"{what}; trains {exp.precision.name}"}]
 
     def missing(self, exp: Experiment) -> str | None:
-        return (
-            "the Megatron-core trainer is not built in this version; type trainer=embedded rollout=embedded, "
-            "or scale=laptop for a twin that runs anywhere"
-        )
+        if lacking := [name for name in ("megatron.core", "einops") if not _found(name)]:
+            return f"trainer=megatron needs {' and '.join(lacking)}; pip install 'lpexp[megatron]'"
+        world = self.world(exp)
+        if exp.cluster.kind == "inline" and world > 1:
+            return f"cluster=inline is one process and the trainer's sizes make {world} ranks; type cluster=local"
+        return None
+
+
+def _found(module: str) -> bool:
+    """Is it installed? Nothing of it is loaded."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False

@@ -133,15 +133,19 @@ class Table:
         yield self._rows(f"{at}.up_proj.weight", share, gate.rows[1] - gate.rows[0])
 
     def _grouped(self, at: str, kind: str) -> Iterator[Piece]:
-        """For each group of key/value heads: its query heads, its key, its value."""
+        """Of the rows of all groups one after the other (query heads, key, value), those of this rank."""
         model = self.model
         dim, each = model.head_dim, model.num_attention_heads // model.num_key_value_heads
-        local = 0
-        for group in range(*part(model.num_key_value_heads, self.place.tp)):
+        first, last = part(model.num_key_value_heads * (each + 2) * dim, self.place.tp)
+        at_row = 0
+        for group in range(model.num_key_value_heads):
             for which, heads in (("q", each), ("k", 1), ("v", 1)):
-                rows = (group * heads * dim, (group + 1) * heads * dim)
-                yield Piece(f"{at}.{which}_proj.{kind}", rows, None, local)
-                local += heads * dim
+                size = heads * dim
+                low, high = max(first - at_row, 0), min(last - at_row, size)
+                if low < high:
+                    rows = (group * size + low, group * size + high)
+                    yield Piece(f"{at}.{which}_proj.{kind}", rows, None, at_row + low - first)
+                at_row += size
 
 
 def part(size: int, share: Span) -> Span:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lpexp.model import Model
-from lpexp.model.decoder import token_entropy, token_logprobs
+from lpexp.model.decoder import token_logprobs
 from lpexp.trainer.megatron import cpu, layers
 from lpexp.trainer.megatron.layers import Arithmetic
 from lpexp.trainer.megatron.names import Place, Table
@@ -190,7 +190,7 @@ def _score(
 ) -> tuple[Tensor, Tensor]:
     logits = arithmetic.accumulate(hidden, head)
     if group.size() == 1:
-        return token_logprobs(logits, tokens, temperature), token_entropy(logits.detach(), temperature)
+        return token_logprobs(logits, tokens, temperature)
     z = logits / (temperature or 1.0)
     top = z.detach().amax(-1)
     torch.distributed.all_reduce(top, torch.distributed.ReduceOp.MAX, group)
