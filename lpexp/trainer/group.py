@@ -63,7 +63,10 @@ class TrainerGroup:
         return learning
 
     def ship(self, version: int) -> tuple[list[Any], Future, list[Future]]:
-        """Start giving a version away: its bulks, the report to come, and what else has to end."""
+        """Start giving a version away: its bulks, the report to come, and what else has to end.
+
+        Of what these answer, the first that is not empty is the report's `quant`, where that was measured elsewhere.
+        """
         raise NotImplementedError
 
     def publish(self, rollout: Rollout, version: int) -> Publishing:

@@ -42,6 +42,9 @@ def imported() -> Any:
         if not transformer_engine.HAVE_TE:  # what stands in for it there is taken for it here
             multi_latent_attention.HAVE_TE = False
         if needed():
+            from megatron.core.transformer.moe import token_dispatcher
+
+            token_dispatcher.maybe_move_tensor_to_cpu = _on_host
             random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
             random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
     return megatron.core
@@ -68,6 +71,11 @@ def _answer_for_cuda() -> None:
     cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     cuda.manual_seed = lambda seed: torch.manual_seed(seed)
+
+
+def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """A tensor is there already; sizes of an exchange are read as an array, which the library makes of GPU ones only."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 class _Stream:

@@ -278,6 +278,10 @@ class MegatronRank:
         self._quantize_s += time.perf_counter() - begin
         return frozen, None
 
+    def give(self, version: int, bucket: int) -> None:
+        """The other ranks' part in `ship`."""
+        self.ship(version, bucket)
+
     def shipped(self, version: int) -> SyncReport:
         """What the buckets were, all together."""
         from lpexp.precision.wire import checksum_frozen, quantized_share
