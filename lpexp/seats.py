@@ -105,7 +105,8 @@ def shortage(nodes: int, gpus: int) -> str:
         text = f"{there} of {nodes} nodes with {gpus} GPUs are there; missing {(nodes - there) * gpus} GPUs"
         return text + (f" ({len(smaller)} nodes have fewer, at most {max(smaller)})" if smaller else "")
     free = int(ray.available_resources().get("GPU", 0))
-    return f"{nodes} of {nodes} nodes with {gpus} GPUs are there, but other jobs hold some: {free} of {sum(alive)} are free"
+    told = f"other jobs hold some: {free} of {sum(alive)} are free"
+    return f"{nodes} of {nodes} nodes with {gpus} GPUs are there, but {told}"
 
 
 def span(numbers: Sequence[int]) -> str:
