@@ -165,7 +165,12 @@ class Workers:
             self.seats = self._reservation.seats
 
     def spawn(
-        self, name: str, kind: type, *args: Any, env: dict[str, str] | None = None, seats: Sequence[Seat] = ()
+        self,
+        name: str,
+        kind: Callable[..., Any],
+        *args: Any,
+        env: dict[str, str] | None = None,
+        seats: Sequence[Seat] = (),
     ) -> Handle:
         """A worker that holds `kind(*args)`; `env` is set before it starts.
 
@@ -234,7 +239,7 @@ class _Done:
 
 
 class _InlineHandle:
-    def __init__(self, name: str, kind: type, args: tuple[Any, ...], env: dict[str, str]):
+    def __init__(self, name: str, kind: Callable[..., Any], args: tuple[Any, ...], env: dict[str, str]):
         os.environ.update(env)
         self.name, self._held = name, kind(*args)
 
@@ -293,7 +298,9 @@ class _RayFuture:
 
 
 class _RayHandle:
-    def __init__(self, name: str, kind: type, args: tuple[Any, ...], env: dict[str, str], where: Any = None):
+    def __init__(
+        self, name: str, kind: Callable[..., Any], args: tuple[Any, ...], env: dict[str, str], where: Any = None
+    ):
         import ray
 
         options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0, "max_task_retries": 0}
@@ -325,7 +332,7 @@ class _RayHandle:
 class _Worker:
     """The actor: one object of ours and its methods by name."""
 
-    def __init__(self, kind: type, args: tuple[Any, ...]):
+    def __init__(self, kind: Callable[..., Any], args: tuple[Any, ...]):
         self._held = kind(*args)
         gc.collect()
         gc.freeze()  # what lives as long as the worker is not searched again and again

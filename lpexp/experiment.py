@@ -19,7 +19,7 @@ from lpexp.correction import Correction
 from lpexp.data import Group
 from lpexp.errors import ConfigError, Mistake
 from lpexp.fetch import lacking
-from lpexp.model import Model, divisors
+from lpexp.model import Model, Parallel, divisors
 from lpexp.model.served import EMBEDDING, agrees, contradiction, copies, precision_of
 from lpexp.precision import Precision
 from lpexp.rollout import RolloutSpec
@@ -250,6 +250,8 @@ class Experiment(Spec):
 
     @rule
     def _backends_agree(self) -> Iterator[Mistake]:
+        if self.trainer.reads_layout and self.model.parallel == Parallel():
+            return  # no layout has said any size: the front end tells that, instead of what does not fit the defaults
         yield from self.trainer.judge(self)
         yield from self.rollout.judge(self)
 

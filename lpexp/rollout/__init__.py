@@ -48,8 +48,11 @@ class Rollout(Protocol):
         """{tensor: quantiser} of what the engines expect to be given."""
         ...
 
-    def load(self, shards: Any, version: int) -> Loading:
-        """Serve these weights from now on; what is sampled after this call is sampled by them."""
+    def load(self, shards: Sequence[Any], version: int) -> Loading:
+        """Serve these weights from now on; what is sampled after this call is sampled by them.
+
+        Each shard holds whole tensors; together they are the model.
+        """
         ...
 
     def open(self, directory: str) -> SyncReport:

@@ -1,17 +1,15 @@
-"""The Megatron-core trainer: its config, its rules and its plan.
-
-Left out in this version: the backend itself; `build` says so and what to type instead. Recipes: docs/models.md.
-"""
+"""The Megatron-core trainer: its config and its plan. rules.py has its rules, driver.py the trainer itself."""
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from lpexp.errors import ConfigError, Mistake
+from lpexp.errors import Mistake
 from lpexp.trainer import Trainer, TrainerSpec
 from lpexp.trainer.megatron import rules
 
@@ -35,6 +33,7 @@ class MegatronTrainerSpec(TrainerSpec):
     last_stage_layers: int | None = Field(ge=1)  # None: layers split evenly
     ranks: int | None = Field(ge=1)  # without GPUs: how many processes; None: as few as the sizes allow
     max_tokens_per_gpu: int = Field(ge=1)  # of a micro-batch
+    bucket_mb: int = Field(ge=1)  # of 16-bit weights that are gathered and quantised at a time
     optimizer_offload: bool  # Adam's state in host memory, its transfers overlapped
     dispatcher: Literal["alltoall", "deepep"]  # how tokens travel to their experts
     attention: Literal["auto", "flash", "fused", "unfused"]  # auto: flash, with latent attention the library's choice
@@ -65,7 +64,9 @@ class MegatronTrainerSpec(TrainerSpec):
         return self.ranks or math.lcm(self.copy_ranks, self.expert_ranks if exp.model.moe else 1)
 
     def build(self, exp: Experiment, workers: Workers) -> Trainer:
-        raise ConfigError([Mistake("trainer", f"megatron: {self.missing(exp)}")])
+        from lpexp.trainer.megatron.driver import MegatronTrainer
+
+        return MegatronTrainer(exp, self, workers)
 
     def attention_backend(self, model: Model) -> str:
         """Megatron-core's word for the attention kernels of this model."""
@@ -101,7 +102,17 @@ class MegatronTrainerSpec(TrainerSpec):
         return [{"role": "trainer rank", "count": world, "what": "; ".join(parts), "gpus": gpus}]
 
     def missing(self, exp: Experiment) -> str | None:
-        return (
-            "the Megatron-core trainer is not built in this version; type trainer=embedded rollout=embedded, "
-            "or scale=laptop for a twin that runs anywhere"
-        )
+        if lacking := [name for name in ("megatron.core", "einops") if not _found(name)]:
+            return f"trainer=megatron needs {' and '.join(lacking)}; pip install 'lpexp[megatron]'"
+        world = self.world(exp)
+        if exp.cluster.kind == "inline" and world > 1:
+            return f"cluster=inline is one process and the trainer's sizes make {world} ranks; type cluster=local"
+        return None
+
+
+def _found(module: str) -> bool:
+    """Is it installed? Nothing of it is loaded."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
