@@ -55,7 +55,7 @@ def main() -> int:
     result = summary(medians, args)
     print(table(result))
     if args.out:
-        write_page(args.out, "vs_trl", table(result), f"each repeat: {result['each_repeat']}")
+        write_page(args.out, "vs_trl", table(result), f"medians of {args.repeats} alternating repeats")
     if args.check:
         return check(result)
     return 0

@@ -381,8 +381,11 @@ def versions() -> dict[str, Any]:
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, usable cores, memory in bytes, accelerators and the thread variables that change speed."""
+    """Processor, usable cores, memory in bytes, accelerators, what multiplies bf16 on the processor (null: float32),
+    and the thread variables that change speed."""
     import psutil
+
+    from lpexp.precision.native import bf16_units
 
     cpuinfo = Path("/proc/cpuinfo")
     models = [line.partition(":")[2].strip() for line in _lines(cpuinfo) if line.startswith("model name")]
@@ -392,6 +395,7 @@ def hardware() -> dict[str, Any]:
         "host": platform.node(),
         "cpu": models[0] if models else platform.processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu_bf16_units": bf16_units(),
         "memory_bytes": psutil.virtual_memory().total,
         "gpus": gpus.splitlines() if gpus else [],
         "environment": {

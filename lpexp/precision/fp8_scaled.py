@@ -12,13 +12,12 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from lpexp.data import Param
-from lpexp.precision import Layout, Parts, Precision, Scoped, Tally, left_out, read_scope
-from lpexp.precision.bf16 import Bf16
+from lpexp.precision import Layout, Parts, Precision, Tally, left_out, read_scope
+from lpexp.precision.bf16 import PLAIN
+from lpexp.precision.cards import EightBitProducts
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-PLAIN = Bf16(name="bf16")
 
 
 class Operand(NamedTuple):
@@ -26,7 +25,7 @@ class Operand(NamedTuple):
     scale_N: Tensor  # float32 [N], or [1] of a whole tensor
 
 
-class Scaled(Scoped):
+class Scaled(EightBitProducts):
     """What the two have in common: they differ in over what a scale is taken."""
 
     ABSTRACT: ClassVar[bool] = True
@@ -89,7 +88,7 @@ class Scaled(Scoped):
         with torch.no_grad():
             x2 = x.reshape(-1, x.shape[-1])
             q_x, s_x = numeric.quantize_e4m3(x2, 1, numeric.FLOOR, False)
-            y = numeric.matmul_rows(q_x, operand.codes).mul_(s_x).mul_(operand.scale_N)  # [M, K] @ [K, N]
+            y = numeric.matmul_bf16(q_x, operand.codes).mul_(s_x).mul_(operand.scale_N)  # [M, K] @ [K, N]
             return numeric.bf16(y).reshape(*x.shape[:-1], y.shape[1])
 
     @property

@@ -83,6 +83,8 @@ class EmbeddedTrainerSpec(TrainerSpec):
                 f"{self.micro_batches} does not divide the {batch} samples of an optimiser batch "
                 f"(prompts x samples / updates); use {batch & -batch} or a smaller power of two",
             )
+        if exp.precision.gathered:
+            yield Mistake("precision.param_gather", "true, but trainer=embedded gathers nothing; use false")
         params, gpus = exp.model.sized().num_params(), exp.cluster.gpus_per_node
         most = MOST_PARAMS_GPU if gpus else MOST_PARAMS_CPU
         if params > most:
@@ -102,6 +104,7 @@ class EmbeddedTrainerSpec(TrainerSpec):
                 "role": "trainer rank",
                 "count": count,
                 "what": f"embedded decoder, {self.micro_batches} micro-batches in all, trains {exp.precision.name}",
+                "gpus": 0,
             }
         ]
 

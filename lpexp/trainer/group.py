@@ -20,17 +20,30 @@ if TYPE_CHECKING:
     from lpexp.cluster import Future, Handle, Workers
     from lpexp.experiment import Experiment
     from lpexp.rollout import Rollout
+    from lpexp.seats import Seat
 
 
 class TrainerGroup:
-    """`count` ranks, made with (exp, rank, count, meet): `meet` is a file that they find each other by."""
+    """`count` ranks, made with (exp, rank, count, meet): `meet` is a file that they find each other by.
 
-    def __init__(self, exp: Experiment, workers: Workers, kind: Callable[..., Any], count: int, meet: bool):
+    Rank r gets GPU `seats[r]`; without seats a rank chooses among those of its node.
+    """
+
+    def __init__(
+        self,
+        exp: Experiment,
+        workers: Workers,
+        kind: Callable[..., Any],
+        count: int,
+        meet: bool,
+        seats: Sequence[Seat] = (),
+    ):
         self.exp, self.workers = exp, workers
         at = str(workers.scratch / "trainer-rendezvous") if meet else None
         env = exp.trainer.environment(exp)
         self.ranks: list[Handle] = [
-            workers.spawn(f"trainer-{r}", kind, exp, r, count, at, env=env) for r in range(count)
+            workers.spawn(f"trainer-{r}", kind, exp, r, count, at, env=env, seats=seats[r : r + 1])
+            for r in range(count)
         ]
         self.version = 0
 

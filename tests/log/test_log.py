@@ -50,6 +50,7 @@ def test_a_run_directory_says_what_ran(ran, experiment) -> None:
     versions = json.loads((run_dir / "versions.json").read_text())
     assert versions["torch"].startswith("2.") and versions["python"].startswith("3.") and "ray" in versions
     hardware = json.loads((run_dir / "hardware.json").read_text())
+    assert hardware["cpu_bf16_units"] in (None, "AMX")
     assert hardware["cores"] >= 1 and hardware["memory_bytes"] > 1e9
     assert journal.read(run_dir / "events.jsonl")[0]["kind"] == "start"
 

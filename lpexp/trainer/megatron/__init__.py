@@ -1,24 +1,24 @@
-"""The Megatron-core trainer: its config, its rules and its plan.
-
-Left out in this version: the backend itself; `build` says so and what to type instead. Recipes: docs/models.md.
-"""
+"""The Megatron-core trainer: its config and its plan. rules.py has its rules, driver.py the trainer itself."""
 
 from __future__ import annotations
 
 import importlib.util
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from lpexp.errors import Mistake
-from lpexp.model import divisors
 from lpexp.trainer import Trainer, TrainerSpec
+from lpexp.trainer.megatron import rules
 
 if TYPE_CHECKING:
     from lpexp.cluster import Workers
     from lpexp.experiment import Experiment
+    from lpexp.model import Model
+
+NVLS_FROM = 90  # compute capability (times ten) whose NVLink switches reduce inside the network
 
 
 class MegatronTrainerSpec(TrainerSpec):
@@ -34,7 +34,9 @@ class MegatronTrainerSpec(TrainerSpec):
     ranks: int | None = Field(ge=1)  # without GPUs: how many processes; None: as few as the sizes allow
     max_tokens_per_gpu: int = Field(ge=1)  # of a micro-batch
     bucket_mb: int = Field(ge=1)  # of 16-bit weights that are gathered and quantised at a time
-    optimizer_offload: bool  # Adam's state in host memory
+    optimizer_offload: bool  # Adam's state in host memory, its transfers overlapped
+    dispatcher: Literal["alltoall", "deepep"]  # how tokens travel to their experts
+    attention: Literal["auto", "flash", "fused", "unfused"]  # auto: flash, with latent attention the library's choice
     lr: float = Field(ge=0)
     betas: tuple[float, float] = Field(strict=False)
     eps: float = Field(gt=0)
@@ -43,62 +45,61 @@ class MegatronTrainerSpec(TrainerSpec):
     lr_warmup_steps: int = Field(ge=0)
 
     def judge(self, exp: Experiment) -> Iterable[Mistake]:
-        model, world = exp.model.sized(), self.world(exp)
-        whole = f"make their product divide {world}"
-        if world % (self.tp * self.pp * self.cp):
-            over = f"trainer.tp {self.tp} x trainer.pp {self.pp} x trainer.cp {self.cp}"
-            yield Mistake("trainer", f"{over} does not divide {world} GPUs; {whole}")
-        if model.num_attention_heads % self.tp:
-            heads = model.num_attention_heads
-            yield Mistake("trainer.tp", f"{self.tp} does not divide {heads} heads; use one of {divisors(heads)}")
-        if model.moe is None and self.ep > 1:
-            yield Mistake("trainer.ep", f"{self.ep}, but {model.name} has no experts; use 1")
-        if model.moe and world % (self.etp * self.ep * self.pp):
-            over = f"trainer.etp {self.etp} x trainer.ep {self.ep} x trainer.pp {self.pp}"
-            yield Mistake("trainer", f"{over} does not divide {world} GPUs; {whole}")
-        if model.moe and model.moe.num_experts % self.ep:
-            experts = model.moe.num_experts
-            yield Mistake("trainer.ep", f"{self.ep} does not divide {experts} experts; use one of {divisors(experts)}")
-        if self.pp > 1:
-            yield from self._stages(model.num_hidden_layers)
+        return rules.broken(self, exp)
 
-    def _stages(self, layers: int) -> Iterable[Mistake]:
-        """Pipeline stages of equal depth, except that the last may be told apart."""
-        rest = layers if self.last_stage_layers is None else layers - self.last_stage_layers
-        stages = self.pp if self.last_stage_layers is None else self.pp - 1
-        if rest > 0 and rest % stages == 0:
-            return
-        last = "" if self.last_stage_layers is None else f", {self.last_stage_layers} of them in the last,"
-        remainder = layers - (self.pp - 1) * -(-layers // self.pp)
-        way = f"trainer.last_stage_layers={remainder} or " if remainder > 0 else ""
-        message = f"{layers} layers{last} do not split evenly over {self.pp} stages"
-        yield Mistake("trainer.pp", f"{message}; use {way}a trainer.pp that divides {layers}")
+    @property
+    def copy_ranks(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tp * self.pp * self.cp
+
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks that hold one copy of all experts."""
+        return self.etp * self.ep * self.pp
 
     def world(self, exp: Experiment) -> int:
         """How many ranks there are: one a GPU; on cores those that were typed, else as few as the sizes allow."""
-        if exp.cluster.gpus_per_node:
-            return exp.cluster.nodes * exp.cluster.gpus_per_node
-        return self.ranks or math.lcm(self.tp * self.pp * self.cp, self.etp * self.ep * self.pp if exp.model.moe else 1)
+        if exp.cluster.world:
+            return exp.cluster.trainer_gpus
+        return self.ranks or math.lcm(self.copy_ranks, self.expert_ranks if exp.model.moe else 1)
 
     def build(self, exp: Experiment, workers: Workers) -> Trainer:
         from lpexp.trainer.megatron.driver import MegatronTrainer
 
         return MegatronTrainer(exp, self, workers)
 
+    def attention_backend(self, model: Model) -> str:
+        """Megatron-core's word for the attention kernels of this model."""
+        return "flash" if self.attention == "auto" and model.mla is None else self.attention
+
     def environment(self, exp: Experiment) -> dict[str, str]:
-        return {"CUDA_DEVICE_MAX_CONNECTIONS": "1", **exp.precision.environment()}
+        """Each variable has a reader: NCCL, NVSHMEM (below DeepEP), Transformer Engine by way of the precision."""
+        found = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", **exp.precision.environment()}
+        if exp.cluster.world:
+            switched = exp.cluster.interconnect == "nvlink" and (exp.cluster.capability or 0) >= NVLS_FROM
+            found["NCCL_NVLS_ENABLE"] = str(int(switched))
+        if self.dispatcher == "deepep":
+            found["NVSHMEM_DISABLE_NCCL"] = "1"
+        return found
 
     def plan(self, exp: Experiment) -> list[dict[str, Any]]:
-        world = self.world(exp)
-        what = (
-            f"Megatron-core, tp {self.tp} x pp {self.pp} x cp {self.cp} x dp {world // (self.tp * self.pp * self.cp)}"
-        )
-        if exp.model.moe:
-            data = world // (self.etp * self.ep * self.pp)
-            what += f"; experts ep {self.ep} x etp {self.etp} x pp {self.pp} x dp {data}"
+        model, world = exp.model.sized(), self.world(exp)
+        sizes = f"tp {self.tp} x pp {self.pp} x cp {self.cp} x dp {world // self.copy_ranks}"
+        parts = [f"Megatron-core, {sizes}"]
+        if model.moe:
+            data = world // self.expert_ranks
+            parts.append(f"experts ep {self.ep} x etp {self.etp} x pp {self.pp} x dp {data} by {self.dispatcher}")
         if self.last_stage_layers is not None:
-            what += f"; last stage {self.last_stage_layers} layers"
-        return [{"role": "trainer rank", "count": world, "what": f"{what}; trains {exp.precision.name}"}]
+            rest = (model.num_hidden_layers - self.last_stage_layers) // (self.pp - 1)
+            parts.append(f"last stage {self.last_stage_layers} layers, others {rest}")
+        if exp.cluster.world:
+            parts.append(f"attention {self.attention_backend(model)}")
+            parts.append(f"micro-batches of at most {self.max_tokens_per_gpu} tokens a GPU")
+            parts.append(f"Adam on the {'CPU' if self.optimizer_offload else 'GPU'}, lr {self.lr:g}")
+            parts.append(f"state {rules.state_gb(self, exp):.1f} GB a GPU")
+        parts.append(f"trains {exp.precision.name}")
+        gpus = 1 if exp.cluster.world else 0
+        return [{"role": "trainer rank", "count": world, "what": "; ".join(parts), "gpus": gpus}]
 
     def missing(self, exp: Experiment) -> str | None:
         if lacking := [name for name in ("megatron.core", "einops") if not _found(name)]:

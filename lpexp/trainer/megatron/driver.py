@@ -24,7 +24,7 @@ class MegatronTrainer(TrainerGroup):
     """All ranks give their parts of a version to the first, bucket by bucket, and save their own."""
 
     def __init__(self, exp: Experiment, spec: MegatronTrainerSpec, workers: Workers):
-        super().__init__(exp, workers, worker, spec.world(exp), meet=True)
+        super().__init__(exp, workers, worker, spec.world(exp), meet=True, seats=workers.seats)
         self.buckets = 0
 
     def restore(self, directory: Path | None) -> None:

@@ -191,7 +191,9 @@ class MegatronRank:
                 wanted.setdefault(piece.name, []).append((self.tensors[local], piece))
         for name, tensor in tensors:
             for local, piece in wanted.pop(name, ()):
-                cut = tensor[slice(*piece.rows)] if piece.cols is None else tensor[slice(*piece.rows), slice(*piece.cols)]
+                cut = (
+                    tensor[slice(*piece.rows)] if piece.cols is None else tensor[slice(*piece.rows), slice(*piece.cols)]
+                )
                 local.data[piece.at : piece.at + len(cut)].copy_(cut)
         if wanted:
             raise RunError(f"{len(wanted)} tensors did not come, {min(wanted)} among them")
@@ -310,7 +312,9 @@ class MegatronRank:
                 cut = [_cut(self._round(local, tensors[local].detach()), piece) for local, piece in pieces]
                 flat = torch.cat([part.reshape(-1) for part in cut])
             if giver != 0:
-                size = sum(_size(piece, param) for param in params for r, _, piece in self.owners[param.name] if r == giver)
+                size = sum(
+                    _size(piece, param) for param in params for r, _, piece in self.owners[param.name] if r == giver
+                )
                 if self.rank == giver:
                     torch.distributed.send(flat, 0)
                 elif self.rank == 0:
@@ -486,9 +490,7 @@ class MegatronRank:
             self._run(batch, rows, keep, learning=False)
         return found
 
-    def _run(
-        self, batch: Batch, rows: list[Rows], use: Callable[[int, Batch, Scored], Tensor], learning: bool
-    ) -> None:
+    def _run(self, batch: Batch, rows: list[Rows], use: Callable[[int, Batch, Scored], Tensor], learning: bool) -> None:
         """Micro-batches through all stages; `use` is told on the last one what was scored, and gives the loss."""
 
         def forward(micro_batches: Iterator[Rows], ddp: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
@@ -535,4 +537,3 @@ def _size(piece: Piece, param: Param) -> int:
     """Elements of a piece."""
     rest = param.shape[1:] if piece.cols is None else (piece.cols[1] - piece.cols[0],)
     return (piece.rows[1] - piece.rows[0]) * math.prod(rest)
-
