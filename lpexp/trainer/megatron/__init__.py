@@ -97,7 +97,7 @@ class MegatronTrainerSpec(TrainerSpec):
             parts.append(f"micro-batches of at most {self.max_tokens_per_gpu} tokens a GPU")
             parts.append(f"Adam on the {'CPU' if self.optimizer_offload else 'GPU'}, lr {self.lr:g}")
             parts.append(f"state {rules.state_gb(self, exp):.1f} GB a GPU")
-        parts.append(f"trains {exp.precision.name}")
+        parts.append(f"trains {exp.precision.name}" + ("" if exp.cluster.world else ", emulated"))
         gpus = 1 if exp.cluster.world else 0
         return [{"role": "trainer rank", "count": world, "what": "; ".join(parts), "gpus": gpus}]
 
