@@ -74,7 +74,7 @@ def _answer_for_cuda() -> None:
 
 
 def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    """A tensor is there already; sizes of an exchange are read as an array, which the library makes of GPU ones only."""
+    """A tensor is on the host already; the sizes of an exchange are wanted as an array."""
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import multiprocessing
+import multiprocessing.connection
 import os
 import sys
 import tempfile
@@ -19,10 +20,14 @@ class Processes:
     """`run(function, ...)` calls function(rank, ranks, meet, ...) in the first `ranks` of them; what each answers."""
 
     def __init__(self, count: int):
-        context = multiprocessing.get_context("spawn")
         self.folder = tempfile.TemporaryDirectory()
-        self.pipes, self.workers, self.runs = [], [], 0
-        for _ in range(count):
+        self.runs, self.count = 0, count
+        self._start()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipes, self.workers = [], []
+        for _ in range(self.count):
             ours, theirs = context.Pipe()
             worker = context.Process(target=serve, args=(theirs,), daemon=True)
             worker.start()
@@ -32,20 +37,28 @@ class Processes:
     def run(self, function: Callable[..., Any], *args: Any, ranks: int = 2) -> list[Any]:
         self.runs += 1
         meet = str(Path(self.folder.name) / f"meet-{self.runs}")
-        for rank, pipe in enumerate(self.pipes[:ranks]):
+        waiting = dict(enumerate(self.pipes[:ranks]))
+        for rank, pipe in waiting.items():
             pipe.send((function, (rank, ranks, meet, *args)))
-        answers = []
-        for rank, pipe in enumerate(self.pipes[:ranks]):
-            if not pipe.poll(HANGS_S):
-                raise AssertionError(f"rank {rank} has not answered after {HANGS_S:g} s; its stack is on stderr")
-            answers.append(pipe.recv())
-        wrong = [text for good, text in answers if not good]
-        assert not wrong, "\n".join(wrong)
-        return [answer for _, answer in answers]
+        answers: dict[int, Any] = {}
+        while waiting:
+            ready = multiprocessing.connection.wait(list(waiting.values()), HANGS_S)
+            told = {rank: pipe.recv() for rank, pipe in waiting.items() if pipe in ready}
+            wrong = [f"rank {rank}: {text}" for rank, (good, text) in told.items() if not good]
+            if wrong or not told:  # the others wait for this one: none of them can be used again
+                self._stop()
+                self._start()
+                raise AssertionError("\n".join(wrong) or f"no rank has answered for {HANGS_S:g} s; stacks: stderr")
+            answers |= {rank: answer for rank, (_, answer) in told.items()}
+            waiting = {rank: pipe for rank, pipe in waiting.items() if rank not in answers}
+        return [answers[rank] for rank in range(ranks)]
 
-    def close(self) -> None:
+    def _stop(self) -> None:
         for worker in self.workers:
             worker.kill()
+
+    def close(self) -> None:
+        self._stop()
         self.folder.cleanup()
 
 
