@@ -102,8 +102,8 @@ class MegatronTrainerSpec(TrainerSpec):
         return [{"role": "trainer rank", "count": world, "what": "; ".join(parts), "gpus": gpus}]
 
     def missing(self, exp: Experiment) -> str | None:
-        if lacking := [name for name in ("megatron.core", "einops") if not _found(name)]:
-            return f"trainer=megatron needs {' and '.join(lacking)}; pip install 'lpexp[megatron]'"
+        if not _found("megatron.core"):
+            return "trainer=megatron needs megatron-core, which is not installed; type: pip install 'lpexp[megatron]'"
         world = self.world(exp)
         if exp.cluster.kind == "inline" and world > 1:
             return f"cluster=inline is one process and the trainer's sizes make {world} ranks; type cluster=local"

@@ -81,7 +81,6 @@ def transformer_config(exp: Experiment, spec: MegatronTrainerSpec) -> Transforme
         "params_dtype": torch.float32,
         "pipeline_dtype": torch.float32,
         "use_cpu_initialization": cpu.needed(),
-        "perform_initialization": False,  # weights are given
         "use_te_activation_func": True,  # an activation that is a module: our Gate
         "bias_activation_fusion": False,
         "bias_dropout_fusion": False,

@@ -144,13 +144,17 @@ class MegatronRank:
         for param in self.params:
             found = sum(_size(piece, param) for _, _, piece in self.owners[param.name])
             assert found == math.prod(param.shape), f"{param.name}: {found} of {math.prod(param.shape)} elements"
+        self._fill_buckets(self.spec.bucket_mb << 20)
+
+    def _fill_buckets(self, limit: int) -> None:
+        """Tensors in order, so many that their 16-bit values are at most `limit` bytes, or one."""
         self.buckets: list[list[Param]] = []
         room = 0
         for param in self.params:
             size = 2 * math.prod(param.shape)
             if size > room:
                 self.buckets.append([])
-                room = self.spec.bucket_mb << 20
+                room = limit
             self.buckets[-1].append(param)
             room -= size
 
@@ -338,15 +342,13 @@ class MegatronRank:
         """Whole tensors of the 16-bit model on the first rank; for models of a size that fits there."""
         return {param.name: tensor for param, tensor in self.gathered(self.tensors, self.params)}
 
-    def effective(self) -> dict[str, list[tuple[Piece, Parts]]]:
-        """{checkpoint name: (piece, its parts)} of every matrix of this rank that the layers multiply with."""
-        found: dict[str, list[tuple[Piece, Parts]]] = {}
+    def effective(self) -> Iterator[tuple[str, list[Piece], Parts]]:
+        """What the layers multiply with: of each shard its checkpoint tensor, the pieces of it, and their parts."""
         for at, module in self.network.named_modules():
             if isinstance(module, Linear):
-                parts = self.arithmetic.parts(module, self.tensors[f"{at}.weight"])
-                for piece in self.pieces[f"{at}.weight"]:
-                    found.setdefault(piece.name, []).append((piece, parts[piece.name]))
-        return found
+                pieces = self.pieces[f"{at}.weight"]
+                for name, parts in self.arithmetic.parts(module, self.tensors[f"{at}.weight"]).items():
+                    yield name, [piece for piece in pieces if piece.name == name], parts
 
     # -- learning ----------------------------------------------------------------------------------
     def step(self, batch: Batch) -> dict[str, Any]:

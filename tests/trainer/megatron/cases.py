@@ -87,6 +87,19 @@ def learned(rank: int, ranks: int, meet: str, words: tuple[str, ...], steps: int
     return {"steps": found, "weights": weights}
 
 
+def learned_from_stale(rank: int, ranks: int, meet: str, words: tuple[str, ...]) -> dict[str, Any]:
+    """The first batch twice: when it comes again, the weights that sampled it are one version old."""
+    exp = experiment(*words)
+    with rank_of(exp, rank, ranks, meet) as made:
+        return {"steps": [made.step(batch(exp, 0, 0)) for _ in range(2)]}
+
+
+def learned_embedded_in(rank: int, ranks: int, meet: str, words: tuple[str, ...], steps: int) -> dict[str, Any]:
+    """What the embedded trainer finds, in a process of one thread."""
+    torch.set_num_threads(1)
+    return learned_embedded(words, steps)
+
+
 def learned_embedded(words: tuple[str, ...], steps: int = 1) -> dict[str, Any]:
     from lpexp.trainer.embedded import EmbeddedRank
 
@@ -110,3 +123,107 @@ def whole(answers: list[dict[str, Any]], step: int = 0) -> dict[str, Any]:
             for name, rows in named.items():
                 arrays.setdefault(name, np.zeros((99, rows.shape[1]), np.float32))[first:last] = rows
     return {"loss": loss, "grad_norm": answers[0]["steps"][step]["grad_norm"], **arrays}
+
+
+def went_through(rank: int, ranks: int, meet: str, words: tuple[str, ...], source: str, out: str) -> None:
+    """A Hugging Face directory through the ranks' shards into another directory."""
+    from pathlib import Path
+
+    from lpexp.model import hf
+    from lpexp.trainer.megatron.rank import MegatronRank
+
+    exp = experiment(*words)
+    made = MegatronRank(exp, rank, ranks, meet)
+    try:
+        made.load(made._read(Path(source)))
+        tensors = ((param.name, tensor) for param, tensor in made.gathered(made.tensors, made.params))
+        if rank == 0:
+            hf.save(out, exp.model.sized(), tensors, exp.precision.plain)
+        else:
+            list(tensors)
+    finally:
+        made.shutdown()
+
+
+def shipped(rank: int, ranks: int, meet: str, words: tuple[str, ...], bucket_bytes: int) -> Any:
+    """Buckets as they travel and their report, from the first rank; how many parameters each bucket has."""
+    exp = experiment(*words)
+    with rank_of(exp, rank, ranks, meet) as made:
+        made._fill_buckets(bucket_bytes)
+        buckets = [made.ship(0, bucket)[0] for bucket in range(made.count_buckets())]
+        return buckets, made.shipped(0) if rank == 0 else None
+
+
+def shipped_embedded(rank: int, ranks: int, meet: str, words: tuple[str, ...]) -> Any:
+    from lpexp.trainer.embedded import EmbeddedRank
+
+    torch.set_num_threads(1)
+    exp = embedded(*words)
+    made = EmbeddedRank(exp, 0, 1, None)
+    made.start(start(exp))
+    frozen, report = made.served(0)
+    return frozen, report, made.prepare(0, True)
+
+
+def effective(rank: int, ranks: int, meet: str, words: tuple[str, ...]) -> list[tuple[Any, ...]]:
+    """Of a rank's matrices: (checkpoint name, spans of its rows, columns, {part: bytes}, values that products read)."""
+    exp = experiment(*words)
+    with rank_of(exp, rank, ranks, meet) as made:
+        found = []
+        for name, pieces, parts in made.effective():
+            raw = {suffix: t.contiguous().view(torch.uint8).numpy() for suffix, t in parts.items()}
+            values = made.arithmetic.side(name).dequantize(parts).numpy()
+            found.append((name, [piece.rows for piece in pieces], pieces[0].cols, raw, values))
+        return found
+
+
+def saved(
+    rank: int, ranks: int, meet: str, words: tuple[str, ...], directory: str, steps: int, before: int
+) -> dict[str, Any]:
+    """Learn `before` steps, save, and go on to `steps`."""
+    exp = experiment(*words)
+    with rank_of(exp, rank, ranks, meet) as made:
+        for seed in range(before):
+            made.step(batch(exp, seed, seed))
+        made.save(directory)
+        found = [made.step(batch(exp, seed, seed)) for seed in range(before, steps)]
+        weights = {name: tensor.numpy() for name, tensor in made.exported().items()}
+        return {"steps": found, "weights": weights, "masters": masters(made)}
+
+
+def resumed(
+    rank: int, ranks: int, meet: str, words: tuple[str, ...], directory: str, steps: int, before: int
+) -> dict[str, Any]:
+    """Restore and go on to `steps`, from other weights and moments than those that were saved."""
+    exp = experiment(*words)
+    with rank_of(exp, rank, ranks, meet) as made:
+        made.step(batch(exp, 77))
+        assert made.restore(directory) == before
+        found = [made.step(batch(exp, seed, seed)) for seed in range(before, steps)]
+        weights = {name: tensor.numpy() for name, tensor in made.exported().items()}
+        return {"steps": found, "weights": weights, "masters": masters(made)}
+
+
+def masters(made: Any) -> dict[str, np.ndarray]:
+    return {name: tensor.detach().clone().numpy() for name, tensor in made.tensors.items()}
+
+
+def scored_in_pieces(rank: int, ranks: int, meet: str, words: tuple[str, ...], logits_bytes: int) -> Any:
+    """One step with so many bytes of logits at a time: what was found, and the largest logits that a rank held."""
+    from lpexp.trainer.megatron import network
+
+    exp, whole = experiment(*words), network.LOGITS_BYTES
+    network.LOGITS_BYTES = logits_bytes
+    try:
+        with rank_of(exp, rank, ranks, meet) as made:
+            sizes, given = [], made.arithmetic.accumulate
+
+            def accumulate(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+                y = given(x, weight)
+                sizes.append(y.numel())
+                return y
+
+            made.arithmetic.accumulate = accumulate
+            return {"steps": [made.step(batch(exp))]}, max(sizes)
+    finally:
+        network.LOGITS_BYTES = whole
