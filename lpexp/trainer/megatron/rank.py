@@ -30,6 +30,7 @@ from lpexp.trainer.megatron import MegatronTrainerSpec, cpu, engine, network
 from lpexp.trainer.megatron.inputs import Inputs, micro_batches, packed, padded
 from lpexp.trainer.megatron.layers import Arithmetic, Linear
 from lpexp.trainer.megatron.names import Piece
+from lpexp.trainer.megatron.stored import FOLDER
 from lpexp.trainer.step import Found, QuantStats, policy_loss
 
 cpu.imported()
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from lpexp.experiment import Experiment
     from lpexp.precision.wire import Frozen
 
-STATE, TRAINER = "torch_dist", "trainer.json"
+TRAINER = "trainer.json"
 Rows = tuple[int, int]  # first and last + 1
 Scored = tuple[Tensor, Tensor]  # log-probability and entropy of each response token
 
@@ -223,10 +224,10 @@ class MegatronRank:
         """Weights and optimiser state as torch_dist, each rank its part; counters as JSON."""
         at = Path(directory)
         if self.rank == 0:
-            (at / STATE).mkdir()
+            (at / FOLDER).mkdir()
         torch.distributed.barrier()
         with cpu.here():
-            dist_checkpointing.save(self._sharded(), str(at / STATE), ("torch_dist", 1))
+            dist_checkpointing.save(self._sharded(), str(at / FOLDER), ("torch_dist", 1))
         if self.rank == 0:
             counters = {"version": self.version, "updates": self.updates, "kept": sorted(self._kept())}
             (at / TRAINER).write_text(json.dumps(counters))
@@ -238,7 +239,7 @@ class MegatronRank:
         for name in state["kept"]:
             setattr(self, name, {local: t.detach().clone() for local, t in self.tensors.items()})
         with cpu.here():
-            found: Any = dist_checkpointing.load(self._sharded(loading=True), str(at / STATE))
+            found: Any = dist_checkpointing.load(self._sharded(loading=True), str(at / FOLDER))
             self.network.load_state_dict(found["model"])
             self.optimizer.load_state_dict(found["optimizer"])
             for name in state["kept"]:
