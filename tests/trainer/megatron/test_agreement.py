@@ -20,13 +20,14 @@ from tests.trainer.megatron.processes import Processes
 DENSE, EXPERTS, LATENT = (), ("model=qwen3_moe_tiny",), ("model=deepseek_tiny",)
 MODELS = {"dense": DENSE, "experts": EXPERTS, "latent": LATENT}
 STEPS = 2
-# Relative difference of loss and gradient norm; largest difference of a log-probability one update later.
-BOUNDS = {"fp32": (1e-5, 1e-4), "bf16": (2e-2, 5e-2), "fp8": (5e-2, 0.5), "int4_qat": (2e-2, 0.5)}
+# Relative difference of the gradient norm; mean difference of a weight after one update, as a share of its change.
+BOUNDS = {"fp32": (1e-6, 1e-5), "bf16": (5e-3, 1e-2), "fp8": (1e-2, 0.1), "int4_qat": (5e-3, 1e-2)}
+LOSS = 1e-6  # relative, in every precision
 
 
 def apart(a: dict[str, Any], b: dict[str, Any]) -> dict[str, float]:
     """How far two trainers' findings of one step are from each other."""
-    scale = max(abs(b["loss"]), 1e-2)
+    scale = max(abs(b["loss"]), 1e-2)  # advantages of both signs leave little of it
     return {
         "lp": float(np.abs(a["lp_C"] - b["lp_C"]).max()),
         "entropy": float(np.abs(a["entropy"] - b["entropy"]).max()),
@@ -41,13 +42,17 @@ def test_one_rank_scores_bit_for_bit_as_the_embedded_trainer_and_learns_alike(
     pair: Processes, model: str, precision: str
 ) -> None:
     words = (*MODELS[model], f"precision={precision}")
-    ours = pair.run(cases.learned, words, STEPS, ranks=1)
-    (theirs,) = pair.run(cases.learned_embedded_in, words, STEPS, ranks=1)
-    before, after = (apart(cases.whole(ours, step), cases.whole([theirs], step)) for step in range(STEPS))
-    relative, later = BOUNDS[precision]
-    assert before["lp"] == before["entropy"] == 0.0
-    assert before["loss"] < relative and before["grad_norm"] < relative, before
-    assert 0 < after["lp"] < later, after  # 0 would mean that nothing was learned, or that one of them is compared
+    ours = pair.run(cases.learned, words, ranks=1)
+    (theirs,) = pair.run(cases.learned_embedded_in, words, 1, ranks=1)
+    found = apart(cases.whole(ours), cases.whole([theirs]))
+    norm, weight = BOUNDS[precision]
+    assert found["lp"] == found["entropy"] == 0.0
+    assert found["loss"] < LOSS and found["grad_norm"] < norm, found
+    exp = cases.experiment(*words)
+    start = {name: exp.precision.plain.round(tensor).numpy() for name, tensor in cases.start(exp).items()}
+    a, b = ours[0]["weights"], theirs["weights"]
+    moved = sum(float(np.abs(b[name] - start[name]).sum()) for name in b)
+    assert moved > 0 and sum(float(np.abs(a[name] - b[name]).sum()) for name in b) / moved < weight
 
 
 @pytest.mark.parametrize(
