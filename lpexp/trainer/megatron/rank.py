@@ -237,7 +237,7 @@ class MegatronRank:
         at = Path(directory)
         state = json.loads((at / TRAINER).read_text())
         for name in state["kept"]:
-            setattr(self, name, {local: t.detach().clone() for local, t in self.tensors.items()})
+            setattr(self, name, {local: t.detach().float().clone() for local, t in self.tensors.items()})
         with cpu.here():
             found: Any = dist_checkpointing.load(self._sharded(loading=True), str(at / FOLDER))
             self.network.load_state_dict(found["model"])
@@ -458,7 +458,7 @@ class MegatronRank:
         """Other weights in the place of the newest, and another precision to compute in."""
         newest = {name: tensor.data for name, tensor in self.tensors.items()}
         for name, tensor in self.tensors.items():
-            tensor.data = tensors[name]
+            tensor.data = tensors[name].to(tensor.dtype)
         self.arithmetic.use(precision or self.exp.precision)
         try:
             yield

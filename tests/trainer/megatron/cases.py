@@ -186,9 +186,9 @@ def saved(
         for seed in range(before):
             made.step(batch(exp, seed, seed))
         made.save(directory)
+        held = {name: tensor.numpy() for name, tensor in made.exported().items()}
         found = [made.step(batch(exp, seed, seed)) for seed in range(before, steps)]
-        weights = {name: tensor.numpy() for name, tensor in made.exported().items()}
-        return {"steps": found, "weights": weights, "masters": masters(made)}
+        return {"steps": found, "saved": held, "masters": masters(made)}
 
 
 def resumed(
@@ -200,8 +200,7 @@ def resumed(
         made.step(batch(exp, 77))
         assert made.restore(directory) == before
         found = [made.step(batch(exp, seed, seed)) for seed in range(before, steps)]
-        weights = {name: tensor.numpy() for name, tensor in made.exported().items()}
-        return {"steps": found, "weights": weights, "masters": masters(made)}
+        return {"steps": found, "masters": masters(made)}
 
 
 def masters(made: Any) -> dict[str, np.ndarray]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lpexp.trainer.megatron.stored import FOLDER, Masters
 from tests.trainer.megatron import cases
 from tests.trainer.megatron.processes import Processes
 
@@ -57,7 +58,9 @@ def test_another_layout_goes_on_with_the_same_curve(
     pair: Processes, tmp_path: Path, model: str, layout: str, others: tuple[str, ...]
 ) -> None:
     words = ("precision=fp32", model, "algorithm.kl_coef=0.1")
-    whole = findings(pair.run(cases.saved, (*words, *layout.split()), str(tmp_path), STEPS, BEFORE))
+    answers = pair.run(cases.saved, (*words, *layout.split()), str(tmp_path), STEPS, BEFORE)
+    whole, stored = findings(answers), Masters(tmp_path / FOLDER, cases.experiment(*words).model.sized())
+    assert all(np.array_equal(stored.tensor(name), held) for name, held in answers[0]["saved"].items())
     for other in others:
         typed = (*words, *other.split())
         ranks = cases.experiment(*typed).trainer.world(cases.experiment(*typed))  # type: ignore[attr-defined]
