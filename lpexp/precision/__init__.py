@@ -127,6 +127,23 @@ class Precision(Spec):
         """Mistakes that only show on a model: a group that does not divide, a scope that covers nothing."""
         return ()
 
+    def needs(self, capability: int, trains: bool) -> Iterable[Mistake]:
+        """Mistakes of computing this natively on a GPU of that CUDA compute capability (times ten), as production
+        backends do; `trains`: in a trainer, else in an engine."""
+        return ()
+
+    @property
+    def gathered(self) -> bool:
+        """Does a production trainer keep and gather its parameters as codes?"""
+        return getattr(self, "param_gather", False)
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Rows and columns of a weight under one scale, which no split may cut; (1, 1): none."""
+        told = self.format()
+        rows, columns = told.get("block", (1, told.get("group_size", 1)))
+        return rows, columns
+
     def warnings(self, params: Iterable[Param], moe: bool) -> Iterable[str]:
         """What a person should know who serves this model so: tensors that another reader cannot read."""
         return ()
@@ -204,6 +221,17 @@ class Precision(Spec):
     def read_hf(cls, config: dict[str, Any], params: list[Param], moe: bool) -> Precision | None:
         """The precision that `hf` wrote this `quantization_config` for; None when it is not this class's."""
         return None
+
+    def megatron(self) -> dict[str, Any]:
+        """Fields of megatron-core's TransformerConfig that make Transformer Engine's layers compute so; none: bf16."""
+        return {}
+
+    def fake(self, weight: Tensor) -> Tensor:
+        """A 16-bit weight as it is served, for products that read it so; the gradient passes unchanged.
+
+        A precision that says `megatron` fields quantises inside the products instead.
+        """
+        return weight
 
     def environment(self) -> dict[str, str]:
         """Variables that a production trainer reads and that change numerics; refused from the shell."""
@@ -293,7 +321,7 @@ def _formats() -> list[type[Precision]]:
     """Every class beside this file that reads a served checkpoint."""
     found = []
     for module in pkgutil.iter_modules(__path__):
-        if module.name not in ("numeric", "wire", "e4m3", "integers", "targets"):  # no formats
+        if module.name not in ("numeric", "native", "wire", "e4m3", "integers", "cards", "fused", "targets"):  # no formats
             members = vars(importlib.import_module(f"{__name__}.{module.name}")).values()
             found += [m for m in members if isinstance(m, type) and issubclass(m, Precision) and m.reads]
     return sorted(set(found), key=lambda kind: kind.reads)

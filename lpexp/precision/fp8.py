@@ -14,13 +14,12 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from lpexp.data import Param
-from lpexp.precision import Layout, Parts, Precision, Scoped, Tally, left_out, patterns, read_scope
-from lpexp.precision.bf16 import Bf16
+from lpexp.precision import Layout, Parts, Precision, Tally, left_out, patterns, read_scope
+from lpexp.precision.bf16 import PLAIN
+from lpexp.precision.cards import EightBitProducts
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-PLAIN = Bf16(name="bf16")
 
 
 class Operand(NamedTuple):
@@ -31,13 +30,14 @@ class Operand(NamedTuple):
     scale_BK: Tensor  # float32 [ceil(N / 128), K]: the same for dY W
 
 
-class Fp8(Scoped):
+class Fp8(EightBitProducts):
     """Block-scaled e4m3; `backward` says what the gradient products read."""
 
     reads: ClassVar[str] = "fp8 with weight_block_size [128, 128] and dynamic activations"
     rows: ClassVar[int | None] = 128
     scale_format: Literal["fp32", "pow2"] = "fp32"
     backward: Literal["quantised", "high_precision", "dequantised"] = "quantised"
+    param_gather: bool = False  # a production trainer gathers codes instead of bf16 weights; no served code changes
 
     def warnings(self, params: Iterable[Param], moe: bool) -> Iterable[str]:
         if cut := [p.name for p in params if self.covers(p, moe) and any(n > 128 and n % 128 for n in p.shape)]:
@@ -103,18 +103,16 @@ class Fp8(Scoped):
     def environment(self) -> dict[str, str]:
         return {"NVTE_FP8_BLOCK_SCALING_FP32_SCALES": "0" if self._pow2 else "1"}
 
+    def megatron(self) -> dict[str, Any]:
+        return {"fp8": "e4m3", "fp8_recipe": "blockwise", "fp8_param": self.param_gather}
+
     def format(self) -> dict[str, Any]:
         identity = f"fp8:e4m3fn:w128x128:x1x128:g1x128:scale={self.scale_format}:floor=1e-10/grad=448p-126:div:v1"
         return {"identity": identity, "block": [128, 128], "scale_format": self.scale_format}
 
     def hf(self, params: Iterable[Param], moe: bool) -> dict[str, Any]:
-        config: dict[str, Any] = {
-            "quant_method": "fp8",
-            "fmt": "e4m3",
-            "activation_scheme": "dynamic",
-            "weight_block_size": [128, 128],
-            "modules_to_not_convert": left_out(self, params, moe),
-        }
+        config = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+        config["modules_to_not_convert"] = left_out(self, params, moe)
         return config | ({"scale_fmt": "ue8m0"} if self._pow2 else {})
 
     @classmethod

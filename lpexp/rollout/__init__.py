@@ -24,6 +24,7 @@ class Sampling(Spec):
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)  # 0: off
     samples: int = Field(default=1, ge=1)  # G
+    max_response: int | None = Field(default=None, ge=1)  # tokens; None: the task's max_response
 
 
 class Pending(Protocol):
@@ -47,8 +48,11 @@ class Rollout(Protocol):
         """{tensor: quantiser} of what the engines expect to be given."""
         ...
 
-    def load(self, shards: Any, version: int) -> Loading:
-        """Serve these weights from now on; what is sampled after this call is sampled by them."""
+    def load(self, shards: Sequence[Any], version: int) -> Loading:
+        """Serve these weights from now on; what is sampled after this call is sampled by them.
+
+        Each shard holds whole tensors; together they are the model.
+        """
         ...
 
     def open(self, directory: str) -> SyncReport:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lpexp.precision import Parts
     from lpexp.precision.wire import Frozen
 
+    Shard = dict[str, dict[str, Frozen]] | str  # {tensor: its parts}, or a directory
 
 HEAL_ATTEMPTS = 3
 
@@ -50,6 +51,7 @@ class EmbeddedRolloutSpec(RolloutSpec):
                 "role": "rollout engine",
                 "count": count,
                 "what": f"embedded decoder, {self.slots} slots, serves {exp.wire.name}",
+                "gpus": 0,
             }
         ]
 
@@ -66,7 +68,7 @@ class EmbeddedEngine:
         self.model = exp.model.sized()
         self.stop_id = load_tokenizer(self.model).stop_id
         self.decoder = Decoder(self.model, self.device)
-        self.cache = Cache(self.model, slots, exp.task.max_prompt + exp.task.max_response, self.device)
+        self.cache = Cache(self.model, slots, exp.task.max_prompt + exp.task.longest_response, self.device)
         self.weights: Any = None
         self.version = -1
 
@@ -78,16 +80,18 @@ class EmbeddedEngine:
         precision = self.exp.wire if directory is None else precision_of(directory, self.model)
         return precision.contract(self.model.params(), self.model.moe is not None)
 
-    def load(self, shards: dict[str, dict[str, Frozen]] | str, version: int) -> tuple[str, float]:
+    def load(self, shard: Shard, version: int, *more: Shard) -> tuple[str, float]:
         """Serve these parts, or those of a directory, from now on; the checksum of what is held, and seconds."""
         from lpexp.model.decoder import ServedWeights
         from lpexp.precision.wire import checksum, thaw
 
         start = time.perf_counter()
-        if isinstance(shards, str):
-            held = {name: self._placed(parts) for name, parts in stored_parts(shards).items()}
-        else:
-            held = {name: thaw(tensors, self.device) for name, tensors in shards.items()}
+        held: dict[str, Parts] = {}
+        for one in (shard, *more):
+            if isinstance(one, str):
+                held |= {name: self._placed(parts) for name, parts in stored_parts(one).items()}
+            else:
+                held |= {name: thaw(tensors, self.device) for name, tensors in one.items()}
         self.weights = ServedWeights(self.model, self.exp.wire, held)
         self.version = version
         return checksum(held), time.perf_counter() - start
@@ -130,7 +134,7 @@ class Generation:
         from lpexp.rollout.sampling import uniforms
 
         self.engine, self.prompts, self.sampling = engine, prompts, sampling
-        self.longest = engine.exp.task.max_response
+        self.longest = sampling.max_response or engine.exp.task.max_response
         p, g, place = np.indices((len(prompts), sampling.samples, self.longest)).reshape(3, -1)
         ids = np.array([prompt.id for prompt in prompts])[p]
         u = uniforms(engine.exp.seed, step, ids, g, place)  # of every token that may be drawn
@@ -281,7 +285,7 @@ class EmbeddedRollout:
         self.exp, self.spec, self.workers = exp, spec, workers
         count = 1 if exp.cluster.kind == "inline" else spec.engines
         self.engines = [self._spawn(i) for i in range(count)]
-        self.shards: Any = None
+        self.shards: Sequence[Any] = ()
         self.version = -1
 
     def _spawn(self, index: int) -> Handle:
@@ -304,9 +308,9 @@ class EmbeddedRollout:
                 raise RunError(f"engines disagree on their contract: {digest(contracts[0])} and {digest(other)}")
         return contracts[0]
 
-    def load(self, shards: Any, version: int) -> EmbeddedLoading:
+    def load(self, shards: Sequence[Any], version: int) -> EmbeddedLoading:
         self.shards, self.version = shards, version
-        return EmbeddedLoading(self, ("load", shards, version))
+        return EmbeddedLoading(self, loading(shards, version))
 
     def open(self, directory: str) -> SyncReport:
         """Every engine reads the directory by itself; what they hold is compared with what lies on disk."""
@@ -316,7 +320,7 @@ class EmbeddedRollout:
         parts = stored_parts(directory)
         sent, size = checksum(parts), sum(part.nbytes for one in parts.values() for part in one.values())
         del parts
-        held, seconds = self.load(directory, 0).result()
+        held, seconds = self.load([directory], 0).result()
         share = quantized_share(model.params(), self.exp.wire, model.moe is not None)
         spent = seconds | {"sync": time.perf_counter() - begin}
         return SyncReport(0, size, spent, sent, tuple(held), share, {})
@@ -330,7 +334,7 @@ class EmbeddedRollout:
         engine: Handle,
         future: Future,
         call: tuple[Any, ...],
-        served: tuple[Any, int] | None = None,
+        served: tuple[Sequence[Any], int] | None = None,
     ) -> Any:
         """What an engine owes. If it died: its successor makes the same call, with the weights `served` at the time."""
         for attempt in range(1, HEAL_ATTEMPTS + 1):
@@ -341,10 +345,10 @@ class EmbeddedRollout:
                 self.engines[index] = self._spawn(index)
             engine = self.engines[index]
             if served:
-                engine.call("load", *served)
+                engine.call(*loading(*served))
             future = engine.call(*call)
             if served and served[1] != self.version:  # its next call must find the newest weights again
-                engine.call("load", self.shards, self.version)
+                engine.call(*loading(self.shards, self.version))
         raise RunError(f"rollout engine {index} died {HEAL_ATTEMPTS} times in a row: {reason(future)}")
 
     def close(self) -> None:
@@ -382,6 +386,11 @@ class EmbeddedPending:
             groups[index::n], seconds = self.rollout.owed(index, engine, future, call, self.served)
             self.seconds = max(self.seconds, seconds)
         return groups
+
+
+def loading(shards: Sequence[Any], version: int) -> tuple[Any, ...]:
+    """The call that makes an engine serve these shards; each is an argument of its own, passed on unseen."""
+    return "load", shards[0], version, *shards[1:]
 
 
 def reason(future: Future) -> str:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from lpexp.errors import ConfigError, Mistake
+from lpexp.model import divisors
 from lpexp.rollout import Rollout, RolloutSpec
+from lpexp.rollout.fit import engine_fits
 
 if TYPE_CHECKING:
     from lpexp.cluster import Workers
@@ -26,7 +28,7 @@ class SglangRolloutSpec(RolloutSpec):
     mem_fraction: float = Field(gt=0, lt=1)  # of GPU memory, for weights and cache
 
     def judge(self, exp: Experiment) -> Iterable[Mistake]:
-        world, model = exp.cluster.nodes * exp.cluster.gpus_per_node, exp.model.sized()
+        world, model = exp.cluster.engine_gpus, exp.model.sized()
         if world == 0:
             yield Mistake(
                 "rollout",
@@ -43,14 +45,22 @@ class SglangRolloutSpec(RolloutSpec):
             )
         if model.moe is None and self.ep > 1:
             yield Mistake("rollout.ep", f"{self.ep}, but {model.name} has no experts; use 1")
+        elif model.moe and model.moe.num_experts % self.ep:
+            experts = model.moe.num_experts
+            yield Mistake("rollout.ep", f"{self.ep} does not divide {experts} experts; use one of {divisors(experts)}")
+        yield from engine_fits(exp, self.gpus_per_engine, self.ep, self.mem_fraction)
 
     def build(self, exp: Experiment, workers: Workers) -> Rollout:
         raise ConfigError([Mistake("rollout", f"sglang: {self.missing(exp)}")])
 
     def plan(self, exp: Experiment) -> list[dict[str, Any]]:
-        count = exp.cluster.nodes * exp.cluster.gpus_per_node // self.gpus_per_engine
-        what = f"SGLang server, {self.gpus_per_engine} GPUs (experts over {self.ep}), colocated, serves {exp.wire.name}"
-        return [{"role": "rollout engine", "count": count, "what": what}]
+        where = "colocated" if exp.cluster.colocate else "on GPUs of their own"
+        what = (
+            f"SGLang server, {self.gpus_per_engine} GPUs (experts over {self.ep}), {where}, "
+            f"memory fraction {self.mem_fraction:g}; serves {exp.wire.name}"
+        )
+        count = exp.cluster.engine_gpus // self.gpus_per_engine
+        return [{"role": "rollout engine", "count": count, "what": what, "gpus": self.gpus_per_engine}]
 
     def missing(self, exp: Experiment) -> str | None:
         return (
