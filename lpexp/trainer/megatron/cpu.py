@@ -41,6 +41,7 @@ def imported() -> Any:
 
         if not transformer_engine.HAVE_TE:  # what stands in for it there is taken for it here
             multi_latent_attention.HAVE_TE = False
+            _let_torchs_adamw_be_restored()
         if needed():
             from megatron.core.transformer.moe import token_dispatcher
 
@@ -71,6 +72,32 @@ def _answer_for_cuda() -> None:
     cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     cuda.manual_seed = lambda seed: torch.manual_seed(seed)
+
+
+def _let_torchs_adamw_be_restored() -> None:
+    """Restoring a `fully_reshardable` state asks for a count of steps that it does not bring, and that stands already:
+    as one tensor which all parameters share and would count up together. Each gets its own."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    given = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    def restored(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        state["step"] = state["step"].clone()
+        given(self, model_param, {"step": state["step"], **tensors})
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = restored  # type: ignore[method-assign]
+
+
+def begin(optimizer: Any) -> None:
+    """Give torch's AdamW its state before the first step: the library asks for it when it saves or restores."""
+    inner = optimizer.optimizer
+    if type(inner) is torch.optim.AdamW:
+        for group in inner.param_groups:
+            for param in group["params"]:
+                zeros = {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
+                inner.state[param].update(step=torch.tensor(0.0), **zeros)
 
 
 def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

@@ -36,6 +36,7 @@ from lpexp.trainer.step import Found, QuantStats, policy_loss
 cpu.imported()
 
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel  # noqa: E402
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory  # noqa: E402
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
@@ -124,6 +125,8 @@ class MegatronRank:
             [self.ddp],
             use_gloo_process_groups=False,
         )
+        for optimizer in self.optimizer.chained_optimizers:  # type: ignore[attr-defined]
+            cpu.begin(optimizer)
         # Every tensor that a checkpoint holds, under its name here: parameters, and the routers' selection biases.
         buffers = ((name, t) for name, t in self.network.named_buffers() if name.endswith("expert_bias"))
         self.tensors: dict[str, Tensor] = dict(itertools.chain(self.network.named_parameters(), buffers))
@@ -227,7 +230,8 @@ class MegatronRank:
             (at / FOLDER).mkdir()
         torch.distributed.barrier()
         with cpu.here():
-            dist_checkpointing.save(self._sharded(), str(at / FOLDER), ("torch_dist", 1))
+            state, _ = self._sharded()
+            dist_checkpointing.save(state, str(at / FOLDER), ("torch_dist", 1))
         if self.rank == 0:
             counters = {"version": self.version, "updates": self.updates, "kept": sorted(self._kept())}
             (at / TRAINER).write_text(json.dumps(counters))
@@ -239,9 +243,10 @@ class MegatronRank:
         for name in state["kept"]:
             setattr(self, name, {local: t.detach().float().clone() for local, t in self.tensors.items()})
         with cpu.here():
-            found: Any = dist_checkpointing.load(self._sharded(loading=True), str(at / FOLDER))
+            wanted, optimizer = self._sharded(loading=True)
+            found: Any = dist_checkpointing.load(wanted, str(at / FOLDER))
             self.network.load_state_dict(found["model"])
-            self.optimizer.load_state_dict(found["optimizer"])
+            self.optimizer.load_state_dict(_filled(optimizer, found["optimizer"], state["updates"]))
             for name in state["kept"]:
                 setattr(self, name, found[name])
         self.version, self.updates = state["version"], state["updates"]
@@ -253,19 +258,26 @@ class MegatronRank:
         kept = {"previous": self.previous, "reference": self.reference}
         return {name: tensors for name, tensors in kept.items() if tensors is not None}
 
-    def _sharded(self, loading: bool = False) -> dict[str, Any]:
-        """Everything that a checkpoint holds, with the place of each shard in the whole."""
-        data = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        facts = {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": data}
+    def _sharded(self, loading: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Everything that a checkpoint holds, with the place of each shard in the whole; and the optimiser's own state.
+
+        Only what is sharded of that is stored: the rest is the config's, but for the number of steps, and its form
+        depends on the layout.
+        """
+        facts = {
+            "distrib_optim_sharding_type": "fully_reshardable",
+            "chained_optim_avoid_prefix": True,  # with experts spread out there are two optimisers, else one
+            "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        }
         model = self.network.sharded_state_dict(metadata=facts)
-        state = {"model": model}
-        state["optimizer"] = self.optimizer.sharded_state_dict(model, is_loading=loading, metadata=facts)
+        optimizer: Any = self.optimizer.sharded_state_dict(model, is_loading=loading, metadata=facts)
+        state = {"model": model, "optimizer": _only_sharded(optimizer)}
         for name, tensors in self._kept().items():
             beside = self.network.sharded_state_dict(metadata=facts)
             state[name] = {local: shard for local, shard in beside.items() if local in tensors}
             for local, shard in state[name].items():
                 shard.key, shard.data = f"{name}.{shard.key}", tensors[local]
-        return state
+        return state, optimizer
 
     # -- what it promises --------------------------------------------------------------------------
     def contract(self) -> dict[str, str]:
@@ -553,3 +565,23 @@ def _size(piece: Piece, param: Param) -> int:
     """Elements of a piece."""
     rest = param.shape[1:] if piece.cols is None else (piece.cols[1] - piece.cols[0],)
     return (piece.rows[1] - piece.rows[0]) * math.prod(rest)
+
+
+def _only_sharded(state: Any) -> dict[Any, Any]:
+    """The nested groups of a state with nothing but their shards."""
+    groups = {key: _only_sharded(value) for key, value in state.items() if isinstance(value, dict)}
+    shards = {key: value for key, value in state.items() if isinstance(value, ShardedTensor | ShardedTensorFactory)}
+    return {key: value for key, value in groups.items() if value} | shards
+
+
+def _filled(state: Any, loaded: Any, steps: int) -> dict[Any, Any]:
+    """The same groups with what was loaded in the place of the shards, after so many steps."""
+    made = {}
+    for key, value in state.items():
+        if isinstance(value, dict):
+            made[key] = _filled(value, loaded.get(key, {}), steps)
+        elif key == "param_groups":
+            made[key] = [{**group, "step": steps} if "step" in group else group for group in value]
+        else:
+            made[key] = loaded.get(key, value)
+    return made

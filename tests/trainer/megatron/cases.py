@@ -192,12 +192,15 @@ def saved(
 
 
 def resumed(
-    rank: int, ranks: int, meet: str, words: tuple[str, ...], directory: str, steps: int, before: int
+    rank: int, ranks: int, meet: str, words: tuple[str, ...], directory: str, steps: int, before: int, fresh: bool
 ) -> dict[str, Any]:
-    """Restore and go on to `steps`, from other weights and moments than those that were saved."""
+    """Restore and go on to `steps`; not fresh: from other weights and moments than those that were saved."""
     exp = experiment(*words)
     with rank_of(exp, rank, ranks, meet) as made:
-        made.step(batch(exp, 77))
+        if fresh:
+            assert made.version == 0
+        else:
+            made.step(batch(exp, 77))
         assert made.restore(directory) == before
         found = [made.step(batch(exp, seed, seed)) for seed in range(before, steps)]
         return {"steps": found, "masters": masters(made)}

@@ -29,7 +29,7 @@ class Processes:
         self.pipes, self.workers = [], []
         for _ in range(self.count):
             ours, theirs = context.Pipe()
-            worker = context.Process(target=serve, args=(theirs,), daemon=True)
+            worker = context.Process(target=serve, args=(theirs,))
             worker.start()
             self.pipes.append(ours)
             self.workers.append(worker)
@@ -58,14 +58,18 @@ class Processes:
             worker.kill()
 
     def close(self) -> None:
+        for pipe in self.pipes:
+            pipe.send(None)  # they end by themselves what megatron-core has started below them
+        for worker in self.workers:
+            worker.join(10)
         self._stop()
         self.folder.cleanup()
 
 
 def serve(pipe: Any) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
-    while True:
-        function, args = pipe.recv()
+    while (asked := pipe.recv()) is not None:
+        function, args = asked
         faulthandler.dump_traceback_later(HANGS_S - 5, file=sys.stderr)
         try:
             answer = True, function(*args)

@@ -22,6 +22,8 @@ MODELS = {"dense": DENSE, "experts": EXPERTS, "latent": LATENT}
 STEPS = 2
 # Relative difference of the gradient norm; mean difference of a weight after one update, as a share of its change.
 BOUNDS = {"fp32": (1e-6, 1e-5), "bf16": (5e-3, 1e-2), "fp8": (1e-2, 0.1), "int4_qat": (5e-3, 1e-2)}
+# A split beside one rank, in fp32: on the same weights, and after one update of each.
+SPLIT = (1e-5, 5e-4)
 LOSS = 1e-6  # relative, in every precision
 
 
@@ -74,8 +76,8 @@ def test_a_layout_agrees_with_one_rank(pair: Processes, model: str, layout: str,
     two = pair.run(cases.learned, (*words, *layout.split()), STEPS)
     for step in range(STEPS):
         found = apart(cases.whole(two, step), cases.whole(one, step))
-        assert found["lp"] <= (0.0 if exact and step == 0 else 2e-5), found
-        assert found["loss"] < 1e-5 and found["grad_norm"] < 1e-5, found
+        assert found["lp"] <= (0.0 if exact and step == 0 else SPLIT[step]), found
+        assert found["loss"] < SPLIT[step] and found["grad_norm"] < SPLIT[step], found
     weights, others = two[0]["weights"], one[0]["weights"]
     assert weights.keys() == others.keys()
     # A gradient near 0 may have another sign, and AdamW's first steps are of size lr whatever the gradient's.
@@ -93,6 +95,7 @@ def test_two_ranks_of_a_tensor_split_agree_in_sixteen_bits(pair: Processes) -> N
 
 def test_several_updates_and_a_reference_agree_with_the_embedded_trainer(pair: Processes) -> None:
     words = ("precision=fp32", "algorithm.kl_coef=0.1", "algorithm.updates_per_batch=2")
+    words += ("precision@reference.precision=fp32",)
     ours = pair.run(cases.learned, (*words, "trainer.ranks=2"), STEPS)
     (theirs,) = pair.run(cases.learned_embedded_in, words, STEPS, ranks=1)
     for step in range(STEPS):

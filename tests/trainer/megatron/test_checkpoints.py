@@ -22,22 +22,22 @@ def findings(answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("words", "layout"),
+    ("words", "layout", "fresh"),
     [
-        (("precision=bf16",), ""),
-        (("precision=fp8", "lag=1"), "trainer.pp=2"),
-        (("precision=bf16", "algorithm.kl_coef=0.1"), "trainer.tp=2"),
-        (("precision=int4_qat", "model=qwen3_moe_tiny"), "trainer.ep=2"),
-        (("precision=bf16", "model=deepseek_tiny"), "trainer.ranks=2"),
+        (("precision=bf16",), "", False),
+        (("precision=fp8", "lag=1"), "trainer.pp=2", True),
+        (("precision=bf16", "algorithm.kl_coef=0.1"), "trainer.tp=2", True),
+        (("precision=int4_qat", "model=qwen3_moe_tiny"), "trainer.ep=2", True),
+        (("precision=bf16", "model=deepseek_tiny"), "trainer.ranks=2", False),
     ],
 )
 def test_the_same_layout_goes_on_to_the_same_bits(
-    pair: Processes, tmp_path: Path, words: tuple[str, ...], layout: str
+    pair: Processes, tmp_path: Path, words: tuple[str, ...], layout: str, fresh: bool
 ) -> None:
     typed = (*words, *layout.split())
     ranks = cases.experiment(*typed).trainer.world(cases.experiment(*typed))  # type: ignore[attr-defined]
     whole = pair.run(cases.saved, typed, str(tmp_path), STEPS, BEFORE, ranks=ranks)
-    resumed = pair.run(cases.resumed, typed, str(tmp_path), STEPS, BEFORE, ranks=ranks)
+    resumed = pair.run(cases.resumed, typed, str(tmp_path), STEPS, BEFORE, fresh, ranks=ranks)
     for one, other in zip(findings(whole), findings(resumed), strict=True):
         assert one.keys() == other.keys()
         assert all(np.array_equal(one[key], other[key]) for key in one)
@@ -57,14 +57,14 @@ def test_the_same_layout_goes_on_to_the_same_bits(
 def test_another_layout_goes_on_with_the_same_curve(
     pair: Processes, tmp_path: Path, model: str, layout: str, others: tuple[str, ...]
 ) -> None:
-    words = ("precision=fp32", model, "algorithm.kl_coef=0.1")
+    words = ("precision=fp32", model, "algorithm.kl_coef=0.1", "precision@reference.precision=fp32")
     answers = pair.run(cases.saved, (*words, *layout.split()), str(tmp_path), STEPS, BEFORE)
     whole, stored = findings(answers), Masters(tmp_path / FOLDER, cases.experiment(*words).model.sized())
     assert all(np.array_equal(stored.tensor(name), held) for name, held in answers[0]["saved"].items())
     for other in others:
         typed = (*words, *other.split())
         ranks = cases.experiment(*typed).trainer.world(cases.experiment(*typed))  # type: ignore[attr-defined]
-        resumed = findings(pair.run(cases.resumed, typed, str(tmp_path), STEPS, BEFORE, ranks=ranks))
+        resumed = findings(pair.run(cases.resumed, typed, str(tmp_path), STEPS, BEFORE, True, ranks=ranks))
         for one, two in zip(whole, resumed, strict=True):
             found = {
                 "loss": abs(one["loss"] - two["loss"]),
