@@ -158,8 +158,10 @@ def missing(exp: Experiment) -> str | None:
         asked = f"{cluster.world} {kind}GPU{'s' if cluster.world > 1 else ''}{many}"
         has = f"{len(here)} ({here[0]})" if here else "none"
         small = exp.model.sized().num_params() < 10_000_000
-        way = "type cluster=local to run on its cores" if small else "type scale=laptop to run its small twin here"
-        way += ", or cluster.address=... to join a Ray cluster that has them" if not small else ""
+        join = "join a Ray cluster that has them (cluster.address=...), or "
+        way = (
+            "type cluster=local to run on its cores" if small else f"{join}type scale=laptop to run its small twin here"
+        )
         what = f"model={exp.model.name} precision={exp.precision.name} on cluster={cluster.name}"
         return f"{what} needs {asked} and this machine has {has}; {way}"
     for part in (exp.trainer, exp.rollout):

@@ -236,8 +236,9 @@ def test_every_choice_of_a_small_group_is_valid(group: str) -> None:
             with pytest.raises(ConfigError, match=r"task\.path: is missing"):
                 frontend.experiment(*words)
         else:
-            chat = name == "reasoning_gym" or name.startswith("dapo_math")
-            frontend.experiment(*words, *(["model=smollm2_135m"] if chat else []))
+            with_template = {"reasoning_gym": ["model=smollm2_135m"]}
+            with_template |= dict.fromkeys(("dapo_math", "dapo_math_4k", "dapo_math_16k"), ["experiment=qwen3_4b_fp8"])
+            frontend.experiment(*words, *with_template.get(name, []))
 
 
 # -- the cards ------------------------------
