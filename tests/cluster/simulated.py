@@ -7,6 +7,7 @@ standard input): its guardian ends whatever stands below it, and Ray reads its s
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -58,8 +59,11 @@ def serve(names: list[str]) -> None:
 
 def _memory() -> int:
     """Bytes of this process and all below it, shared pages counted once."""
-    mine = psutil.Process()
-    return sum(process.memory_full_info().pss for process in (mine, *mine.children(recursive=True)))
+    held, mine = 0, psutil.Process()
+    for process in (mine, *mine.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):  # a worker that ended meanwhile
+            held += process.memory_full_info().pss
+    return held
 
 
 # -- who joins them ----------------------------------------------------------------------------------------------------

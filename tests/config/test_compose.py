@@ -237,8 +237,8 @@ def test_every_choice_of_a_small_group_is_valid(group: str) -> None:
                 frontend.experiment(*words)
         else:
             with_template = {"reasoning_gym": ["model=smollm2_135m"]}
-            with_template |= dict.fromkeys(("dapo_math", "dapo_math_4k", "dapo_math_16k"), ["experiment=qwen3_4b_fp8"])
-            frontend.experiment(*words, *with_template.get(name, []))
+            chat = ["experiment=qwen3_4b_fp8"] if name.startswith("dapo_math") else with_template.get(name, [])
+            frontend.experiment(*words, *chat)
 
 
 # -- the cards ------------------------------
