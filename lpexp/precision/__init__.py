@@ -317,11 +317,14 @@ def from_hf(config: dict[str, Any], params: Iterable[Param] = (), moe: bool = Fa
     raise ConfigError([Mistake("quantization_config", f"{given or config} is read by no precision; known: {known}")])
 
 
+NO_FORMATS = ("numeric", "native", "wire", "e4m3", "integers", "cards", "fused", "targets")  # modules beside this file
+
+
 def _formats() -> list[type[Precision]]:
     """Every class beside this file that reads a served checkpoint."""
     found = []
     for module in pkgutil.iter_modules(__path__):
-        if module.name not in ("numeric", "native", "wire", "e4m3", "integers", "cards", "fused", "targets"):  # no formats
+        if module.name not in NO_FORMATS:
             members = vars(importlib.import_module(f"{__name__}.{module.name}")).values()
             found += [m for m in members if isinstance(m, type) and issubclass(m, Precision) and m.reads]
     return sorted(set(found), key=lambda kind: kind.reads)
