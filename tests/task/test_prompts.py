@@ -31,6 +31,12 @@ def make(path: str | None, **given: Any) -> Prompts:
     return load({"name": "prompts", "path": path, "chat_template": False, **sizes, **given}, Prompts)
 
 
+def supply(task: Prompts) -> tuple[int, int]:
+    found = task.supply()
+    assert found is not None
+    return found
+
+
 def texts(prompts: list[Prompt]) -> list[str]:
     return [prompt.text for prompt in prompts]
 
@@ -102,12 +108,12 @@ def test_a_text_goes_through_the_chat_template_when_asked(path: str) -> None:
 
 
 def test_blank_lines_are_no_rows(write: Write) -> None:
-    assert sum(make(write(["", *ROWS, "  "])).supply()) == 100
+    assert sum(supply(make(write(["", *ROWS, "  "])))) == 100
 
 
 def test_repeated_rows_are_left_out_and_their_number_is_said(write: Write, caplog: pytest.LogCaptureFixture) -> None:
     task = make(write([*ROWS, ROWS[3], ROWS[4]]))
-    assert sum(task.supply()) == 100
+    assert sum(supply(task)) == 100
     assert "left out 2 rows that repeat an earlier one" in caplog.text
 
 
@@ -118,7 +124,7 @@ def test_prompts_over_max_prompt_are_left_out_and_their_number_is_said(
     short = [row["prompt"] for row in ROWS if len(row["prompt"]) <= 4 and not is_held_out(row["prompt"])]
     seen = {text for step in range(40) for text in texts(task.train(1, step, CHAR))}
     assert seen == set(short)
-    training = task.supply()[0]
+    training = supply(task)[0]
     assert f"left out {training - len(short)} of {training} training prompts, longer than max_prompt=4" in caplog.text
 
 
@@ -154,7 +160,7 @@ def test_chat_with_a_model_that_starts_from_scratch_is_refused_before_the_run(pa
 
 def test_more_evaluation_prompts_than_are_held_out_are_refused_before_the_run(path: str) -> None:
     said = judged(f"task.path={path}", "task.chat_template=false", "eval.prompts=90")
-    held_out = make(path).supply()[1]
+    held_out = supply(make(path))[1]
     assert (
         f"eval.prompts: 90 is more than the {held_out} held-out prompts of task prompts; use at most {held_out}" in said
     )
@@ -169,7 +175,7 @@ def test_a_file_that_fits_is_accepted(path: str) -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_training_and_held_out_prompts_never_overlap(path: str, seed: int) -> None:
     task = make(path)
-    training, held_out = task.supply()
+    training, held_out = supply(task)
     shown = {text for step in range(training // 8 + 1) for text in texts(task.train(seed, step, CHAR))}
     assert shown.isdisjoint(texts(task.held_out(seed, held_out, CHAR)))
     assert training + held_out == 100
@@ -184,12 +190,12 @@ def test_a_held_out_file_gives_the_held_out_prompts_and_leaves_the_other_whole(p
 
 def test_an_epoch_shows_each_prompt_at_most_once_and_leaves_out_less_than_a_step(path: str) -> None:
     task = make(path)
-    steps = task.supply()[0] // 8
+    steps = supply(task)[0] // 8
     epochs = [[t for s in range(e * steps, (e + 1) * steps) for t in texts(task.train(5, s, CHAR))] for e in range(3)]
     for epoch in epochs:
         assert len(epoch) == len(set(epoch)) == steps * 8
     assert epochs[0] != epochs[1] != epochs[2]
-    assert len(set().union(*epochs)) == task.supply()[0]  # the rows left out differ from epoch to epoch
+    assert len(set().union(*epochs)) == supply(task)[0]  # the rows left out differ from epoch to epoch
 
 
 def test_prompts_depend_on_nothing_but_file_seed_and_step(path: str) -> None:
@@ -403,8 +409,8 @@ def test_mistakes_of_file_reward_and_warm_up_are_reported_together(tmp_path: Pat
 
 
 def test_a_file_that_changed_is_read_anew(write: Write) -> None:
-    assert sum(make(write(ROWS)).supply()) == 100
-    assert sum(make(write(ROWS[:50])).supply()) == 50
+    assert sum(supply(make(write(ROWS)))) == 100
+    assert sum(supply(make(write(ROWS[:50])))) == 50
 
 
 def test_the_config_keeps_its_key_reward_through_dump_and_load(path: str) -> None:
