@@ -14,16 +14,19 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-gpu check format evidence benchmark clean
+.PHONY: help demo test test-megatron test-gpu check format evidence benchmark clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed ## make the environment and watch a policy learn, two minutes on two cores
 	$(BIN)/python launch.py
 
 test: $(VENV)/.installed-extras ## the main tests, at most 15 minutes on two cores
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+test-megatron: $(VENV)/.installed-megatron ## the Megatron-core trainer on CPU, at most 12 minutes on two cores
+	$(BIN)/python -m pytest -m megatron tests/trainer/megatron
 
 test-gpu: $(VENV)/.installed ## the tests that need a CUDA card; fails where there is none
 	$(BIN)/python -m pytest -m gpu
@@ -58,6 +61,10 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 
 $(VENV)/.installed-extras: $(VENV)/.installed requirements-extras.lock
 	$(PIP) install --quiet -r requirements-extras.lock
+	touch $@
+
+$(VENV)/.installed-megatron: $(VENV)/.installed requirements-megatron.lock
+	$(PIP) install --quiet -r requirements-megatron.lock
 	touch $@
 
 $(VENV)/.installed-bench: $(VENV)/.installed requirements-bench.lock

@@ -4,7 +4,8 @@ Layout: <run>/checkpoints/<step>/ holds what `Trainer.save` wrote, state.json an
 <run>/checkpoints/experiment.json is the config the run was started with, <run>/finished.json marks its end,
 <run>/run.lock names the process that runs in it. A directory is renamed into place when everything in it is on disk,
 so a name without `.tmp-` is complete unless something altered it later, and the manifest finds that out.
-Only safetensors and JSON are read: loading never unpickles.
+Only safetensors and JSON are read: loading never unpickles. Of trainer=megatron the library's own files are, once
+their hashes agree.
 
 Left out: which tensors a trainer needs (its `save` and `restore`), and truncating a log to the step resumed from.
 """

@@ -107,6 +107,12 @@ class Cluster(Spec):
 class Future(Protocol):
     """The answer of a call that may still be running."""
 
+    name: str  # of the worker
+
+    def settled(self, timeout_s: float) -> bool:
+        """Is there an answer, or a failure, or will there be within this time?"""
+        ...
+
     def result(self) -> Any:
         """Wait; raises what the worker raised, RunError when the worker died."""
         ...
@@ -231,8 +237,13 @@ class Workers:
 class _Done:
     """The future of a call made in this process."""
 
+    name = "this process"
+
     def __init__(self, value: Any, error: BaseException | None = None):
         self._value, self._error = value, error
+
+    def settled(self, timeout_s: float) -> bool:
+        return True
 
     def result(self) -> Any:
         if self._error is not None:
@@ -285,6 +296,11 @@ class _RayFuture:
                 self._settled = _Done(None, error)
             self._ref = None
         return self._settled
+
+    def settled(self, timeout_s: float) -> bool:
+        import ray
+
+        return self._settled is not None or bool(ray.wait([self._ref], timeout=timeout_s)[0])
 
     def error(self) -> BaseException | None:
         return self._wait().error()

@@ -64,13 +64,14 @@ def checks(found: Mapping[str, str | None], gpus: int) -> list[Check]:
     torch = None if found["torch"] else "torch is not installed: pip install torch"
     ray = torch or (None if found["ray"] else "ray is not installed: pip install ray, or type cluster=inline")
     gpu = ray or (None if gpus else "no NVIDIA GPU is visible to this process")
+    megatron = None if found["megatron-core"] else "megatron-core is not installed: pip install 'lpexp[megatron]'"
     unbuilt = "not built in this version; scale=laptop runs a small twin of every model"
     return [
         Check("python launch.py cluster=inline", torch),
         Check("python launch.py", ray),
         Check("python launch.py model=NAME scale=laptop", ray),
         Check("python launch.py cluster=gpu", gpu),
-        Check("python launch.py trainer=megatron", unbuilt),
+        Check("python launch.py trainer=megatron", ray or megatron),
         Check("python launch.py rollout=sglang", unbuilt),
     ]
 

@@ -2,7 +2,7 @@
 
 What is written is what the trainer would publish: its masters rounded to the weights of its forward pass, then
 quantised by the precision itself. The tokenizer goes along, so that the directory can be served and trained from.
-Left out: optimiser state, and checkpoints of other trainers than the embedded one.
+Left out: optimiser state.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from lpexp.groups import choices, read_choice
 from lpexp.model import Model
 from lpexp.precision import Precision
 from lpexp.trainer.embedded import MASTER
+from lpexp.trainer.megatron.stored import FOLDER, Masters
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,6 +64,14 @@ class Saved(NamedTuple):
     model: Model
     precision: Precision  # that it was trained in
 
+    def masters(self) -> Callable[[str], Tensor]:
+        """Reads a float32 master by its name, whichever trainer wrote it."""
+        if (self.directory / FOLDER).exists():
+            return Masters(self.directory / FOLDER, self.model).tensor
+        from safetensors import safe_open
+
+        return safe_open(self.directory / MASTER, framework="pt").get_tensor
+
 
 def saved(run: Path, step: int | None = None) -> Saved:
     """The newest checkpoint that verifies, or the one of a step; ConfigError says what is there instead."""
@@ -89,8 +98,8 @@ def saved(run: Path, step: int | None = None) -> Saved:
         if wrong := checkpoint.verify(directory):
             raise ConfigError(f"checkpoint {directory} is torn: {wrong}; name another with --step")
         state = json.loads((directory / checkpoint.STATE).read_bytes())
-    if not (directory / MASTER).exists():
-        raise ConfigError(f"checkpoint {directory} holds no {MASTER}; only the embedded trainer's can be read")
+    if not (directory / MASTER).exists() and not (directory / FOLDER).exists():
+        raise ConfigError(f"checkpoint {directory} holds neither {MASTER} nor {FOLDER}; no trainer of lpexp wrote it")
     try:
         model = Model.model_validate(state["experiment"]["model"]).sized()
         precision = Precision.model_validate(state["experiment"]["precision"])
@@ -102,12 +111,10 @@ def saved(run: Path, step: int | None = None) -> Saved:
 
 def weights(found: Saved) -> Iterator[tuple[str, Tensor]]:
     """(name, float32 values of the forward pass), one tensor in memory at a time."""
-    from safetensors import safe_open
-
-    with safe_open(found.directory / MASTER, framework="pt") as file:
-        for param in found.model.params():
-            master = file.get_tensor(param.name)
-            yield param.name, master if param.kind == "router_bias" else found.precision.plain.round(master)
+    masters = found.masters()
+    for param in found.model.params():
+        master = masters(param.name)
+        yield param.name, master if param.kind == "router_bias" else found.precision.plain.round(master)
 
 
 def _shown(tensors: Iterable[Named], count: int) -> Iterable[Named]:

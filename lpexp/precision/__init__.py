@@ -222,6 +222,17 @@ class Precision(Spec):
         """The precision that `hf` wrote this `quantization_config` for; None when it is not this class's."""
         return None
 
+    def megatron(self) -> dict[str, Any]:
+        """Fields of megatron-core's TransformerConfig that make Transformer Engine's layers compute so; none: bf16."""
+        return {}
+
+    def fake(self, weight: Tensor) -> Tensor:
+        """A 16-bit weight as it is served, for products that read it so; the gradient passes unchanged.
+
+        A precision that says `megatron` fields quantises inside the products instead.
+        """
+        return weight
+
     def environment(self) -> dict[str, str]:
         """Variables that a production trainer reads and that change numerics; refused from the shell."""
         return {}
@@ -310,7 +321,7 @@ def _formats() -> list[type[Precision]]:
     """Every class beside this file that reads a served checkpoint."""
     found = []
     for module in pkgutil.iter_modules(__path__):
-        if module.name not in ("numeric", "wire", "e4m3", "integers", "cards", "targets"):  # no formats
+        if module.name not in ("numeric", "wire", "e4m3", "integers", "cards", "fused", "targets"):  # no formats
             members = vars(importlib.import_module(f"{__name__}.{module.name}")).values()
             found += [m for m in members if isinstance(m, type) and issubclass(m, Precision) and m.reads]
     return sorted(set(found), key=lambda kind: kind.reads)

@@ -103,18 +103,16 @@ class Fp8(EightBitProducts):
     def environment(self) -> dict[str, str]:
         return {"NVTE_FP8_BLOCK_SCALING_FP32_SCALES": "0" if self._pow2 else "1"}
 
+    def megatron(self) -> dict[str, Any]:
+        return {"fp8": "e4m3", "fp8_recipe": "blockwise", "fp8_param": self.param_gather}
+
     def format(self) -> dict[str, Any]:
         identity = f"fp8:e4m3fn:w128x128:x1x128:g1x128:scale={self.scale_format}:floor=1e-10/grad=448p-126:div:v1"
         return {"identity": identity, "block": [128, 128], "scale_format": self.scale_format}
 
     def hf(self, params: Iterable[Param], moe: bool) -> dict[str, Any]:
-        config: dict[str, Any] = {
-            "quant_method": "fp8",
-            "fmt": "e4m3",
-            "activation_scheme": "dynamic",
-            "weight_block_size": [128, 128],
-            "modules_to_not_convert": left_out(self, params, moe),
-        }
+        config = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+        config["modules_to_not_convert"] = left_out(self, params, moe)
         return config | ({"scale_fmt": "ue8m0"} if self._pow2 else {})
 
     @classmethod

@@ -7,6 +7,7 @@ Left out: asymmetric grids, activation quantisation. Layout: compressed-tensors 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from lpexp.config import rule
@@ -156,6 +157,9 @@ class Packed(Scoped):
     def serve(self, x: Tensor, operand: Tensor) -> Tensor:
         return PLAIN.serve(x, operand)
 
+    def fake(self, weight: Tensor) -> Tensor:
+        return _fake().apply(weight, self)
+
     @property
     def plain(self) -> Precision:
         return PLAIN
@@ -211,3 +215,26 @@ class Packed(Scoped):
         scope = read_scope(cls, config.get("ignore") or [], params, moe)
         divisor = (weights.get("observer_kwargs") or {}).get("divisor", min(cls.ranges))
         return cls(name=name, scope=scope, group_size=weights["group_size"], divisor=divisor)
+
+
+@cache
+def _fake() -> Any:
+    """The round trip as an autograd function (made on first use: importing this module needs no torch)."""
+    import torch
+
+    class RoundTrip(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, weight: Tensor, spec: Packed) -> Tensor:
+            if weight.is_cuda:
+                from lpexp.precision.fused import round_trip
+
+                return round_trip(weight.to(torch.bfloat16), spec.group_size, spec.divisor, *spec._range).to(
+                    weight.dtype
+                )
+            return spec.dequantize(spec.quantize(weight)).to(weight.dtype)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+            return grad, None
+
+    return RoundTrip

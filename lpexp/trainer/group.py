@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from lpexp.seats import Seat
 
 
+POLL_S, FAILED_S = 0.5, 5.0  # between two looks at the ranks; for the others to end when one has failed
+
+
 class TrainerGroup:
     """`count` ranks, made with (exp, rank, count, meet): `meet` is a file that they find each other by.
 
@@ -51,14 +54,24 @@ class TrainerGroup:
         return self.answers(method, [rank.call(method, *args) for rank in self.ranks])
 
     def answers(self, method: str, futures: Sequence[Future]) -> list[Any]:
-        """What all ranks answer; RunError that says how to go on when one has died."""
-        for rank, future in zip(self.ranks, futures, strict=True):
+        """What they answer; RunError that says how to go on when a rank has died.
+
+        A rank that fails may leave the others waiting for it: they get a little time to end, and are not waited for.
+        """
+        waiting, failed_at = list(futures), None
+        while waiting and (failed_at is None or time.monotonic() < failed_at + FAILED_S):
+            waiting = [future for future in waiting if not future.settled(POLL_S if future is waiting[0] else 0.0)]
+            ended = (future for future in futures if future not in waiting)
+            if failed_at is None and any(future.error() for future in ended):
+                failed_at = time.monotonic()
+        ended = [future for future in futures if future not in waiting]
+        for future in ended:
             if future.died():
                 raise RunError(
-                    f"{rank.name} died during {method}: {future.error()}; "
+                    f"{future.name} died during {method}: {future.error()}; "
                     f"continue with: resume=auto output_dir={self.workers.run_dir}"
                 )
-        return [future.result() for future in futures]
+        return [future.result() for future in ended]
 
     def contract(self) -> dict[str, str]:
         return self.all("contract")[0]
@@ -67,7 +80,7 @@ class TrainerGroup:
         if directory is not None:
             self.version = self.all("restore", str(directory))[0]
             return
-        start = self.ranks[0].call("warm_up").result()
+        (start,) = self.answers("warm_up", [self.ranks[0].call("warm_up")])
         self.version = self.all("begin", start)[0]
 
     def step(self, batch: Batch) -> Learning:
@@ -76,7 +89,10 @@ class TrainerGroup:
         return learning
 
     def ship(self, version: int) -> tuple[list[Any], Future, list[Future]]:
-        """Start giving a version away: its bulks, the report to come, and what else has to end."""
+        """Start giving a version away: its bulks, the report to come, and what else has to end.
+
+        Of what these answer, the first that is not empty is the report's `quant`, where that was measured elsewhere.
+        """
         raise NotImplementedError
 
     def publish(self, rollout: Rollout, version: int) -> Publishing:
@@ -134,15 +150,15 @@ class Publishing:
 
     def __init__(self, trainer: TrainerGroup, rollout: Rollout, version: int):
         begin = time.perf_counter()
-        self.version = version
+        self.trainer, self.version = trainer, version
         bulks, self.sent, self.others = trainer.ship(version)
         self.loading = rollout.load(bulks, version)
         self.asking = time.perf_counter() - begin  # in one process that is all of it
 
     def result(self) -> SyncReport:
         begin = time.perf_counter()
+        report, *others = self.trainer.answers("publish", [self.sent, *self.others])
         held, seconds = self.loading.result()
-        report, others = self.sent.result(), [other.result() for other in self.others]
         whole = self.asking + time.perf_counter() - begin
         wrong = [index for index, checksum in enumerate(held) if checksum != report.checksum_sent]
         if wrong:

@@ -97,13 +97,13 @@ class MegatronTrainerSpec(TrainerSpec):
             parts.append(f"micro-batches of at most {self.max_tokens_per_gpu} tokens a GPU")
             parts.append(f"Adam on the {'CPU' if self.optimizer_offload else 'GPU'}, lr {self.lr:g}")
             parts.append(f"state {rules.state_gb(self, exp):.1f} GB a GPU")
-        parts.append(f"trains {exp.precision.name}")
+        parts.append(f"trains {exp.precision.name}" + ("" if exp.cluster.world else ", emulated"))
         gpus = 1 if exp.cluster.world else 0
         return [{"role": "trainer rank", "count": world, "what": "; ".join(parts), "gpus": gpus}]
 
     def missing(self, exp: Experiment) -> str | None:
-        if lacking := [name for name in ("megatron.core", "einops") if not _found(name)]:
-            return f"trainer=megatron needs {' and '.join(lacking)}; pip install 'lpexp[megatron]'"
+        if not _found("megatron.core"):
+            return "trainer=megatron needs megatron-core, which is not installed; type: pip install 'lpexp[megatron]'"
         world = self.world(exp)
         if exp.cluster.kind == "inline" and world > 1:
             return f"cluster=inline is one process and the trainer's sizes make {world} ranks; type cluster=local"

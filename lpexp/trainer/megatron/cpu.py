@@ -41,7 +41,11 @@ def imported() -> Any:
 
         if not transformer_engine.HAVE_TE:  # what stands in for it there is taken for it here
             multi_latent_attention.HAVE_TE = False
+            _let_torchs_adamw_be_restored()
         if needed():
+            from megatron.core.transformer.moe import token_dispatcher
+
+            token_dispatcher.maybe_move_tensor_to_cpu = _on_host
             random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
             random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
     return megatron.core
@@ -68,6 +72,37 @@ def _answer_for_cuda() -> None:
     cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     cuda.manual_seed = lambda seed: torch.manual_seed(seed)
+
+
+def _let_torchs_adamw_be_restored() -> None:
+    """Restoring a `fully_reshardable` state asks for a count of steps that it does not bring, and that stands already:
+    as one tensor which all parameters share and would count up together. Each gets its own."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    given = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    def restored(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        state["step"] = state["step"].clone()
+        given(self, model_param, {"step": state["step"], **tensors})
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = restored  # type: ignore[method-assign]
+
+
+def begin(optimizer: Any) -> None:
+    """Give torch's AdamW its state before the first step: the library asks for it when it saves or restores."""
+    inner = optimizer.optimizer
+    if type(inner) is torch.optim.AdamW:
+        for group in inner.param_groups:
+            for param in group["params"]:
+                zeros = {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
+                inner.state[param].update(step=torch.tensor(0.0), **zeros)
+
+
+def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """A tensor is on the host already; the sizes of an exchange are wanted as an array."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 class _Stream:

@@ -37,7 +37,7 @@ class MegatronTrainer(TrainerGroup):
         for bucket in range(self.buckets):
             bulk, done = self.workers.share(first, "ship", version, bucket)
             bulks.append(bulk)
-            others += [done, *(rank.call("ship", version, bucket) for rank in rest)]
+            others += [done, *(rank.call("give", version, bucket) for rank in rest)]
         return bulks, first.call("shipped", version), others
 
     def save(self, directory: Path) -> None:

@@ -240,11 +240,11 @@ class CoreAttention(Bound, MegatronModule):
         assert rest.get("packed_seq_params") is None
         length, batch = query.shape[:2]
         q, k = self.arithmetic.round(query), self.arithmetic.round(key)
-        rows = [x.transpose(0, 1).reshape(batch * length, *x.shape[2:]) for x in (q, k, value)]
+        q, k, v = (x.transpose(0, 1).reshape(batch * length, *x.shape[2:]) for x in (q, k, value))
         t_T = torch.arange(length, device=query.device)
         first_BT = (torch.arange(batch, device=query.device) * length)[:, None].expand(-1, length)
         seen = spans(first_BT, (t_T + 1).expand(batch, -1))
-        mixed = ops.attention(*rows, seen, self.scale, self.arithmetic.half)
+        mixed = ops.attention(q, k, v, seen, self.scale, self.arithmetic.half)
         return mixed.view(batch, length, -1).transpose(0, 1).contiguous()
 
 
@@ -296,7 +296,8 @@ def block_spec(config: Any, model: Model) -> TransformerBlockSubmodules:
     """The layers of this rank's pipeline stage and the norm behind the last one."""
     first = get_transformer_layer_offset(config)
     own = range(first, first + get_num_layers_to_build(config))
-    return TransformerBlockSubmodules([_layer(model, model.is_moe_layer(i)) for i in own], layer_norm=Norm)
+    last: Any = Norm
+    return TransformerBlockSubmodules([_layer(model, model.is_moe_layer(i)) for i in own], layer_norm=last)
 
 
 def _layer(model: Model, routed: bool) -> ModuleSpec:

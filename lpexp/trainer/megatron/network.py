@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lpexp.model import Model
 from lpexp.model.decoder import token_logprobs
-from lpexp.trainer.megatron import cpu, layers
+from lpexp.trainer.megatron import cpu, engine, layers
 from lpexp.trainer.megatron.layers import Arithmetic
 from lpexp.trainer.megatron.names import Place, Table
 
@@ -29,6 +29,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig  #
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset  # noqa: E402
 
 if TYPE_CHECKING:
+    from lpexp.experiment import Experiment
     from lpexp.trainer.megatron import MegatronTrainerSpec
 
 LOGITS_BYTES = 1 << 26  # of the logits that a rank holds at a time
@@ -43,13 +44,15 @@ class Policy(GPTModel):
     @property
     def head(self) -> Tensor:
         """The rows of the head [V / tp, H] that this rank holds; tied ones are the embedding's."""
-        if self.share_embeddings_and_output_weights:
-            return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight
+        tied = self.share_embeddings_and_output_weights
+        head = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        assert head is not None
+        return head
 
 
-def transformer_config(model: Model, spec: MegatronTrainerSpec) -> TransformerConfig:
-    """Megatron-core's words for this architecture and these sizes, for the local layer spec."""
+def transformer_config(exp: Experiment, spec: MegatronTrainerSpec) -> TransformerConfig:
+    """Megatron-core's words for this architecture and these sizes."""
+    model = exp.model.sized()
     fields: dict[str, Any] = {
         "num_layers": model.num_hidden_layers,
         "hidden_size": model.hidden_size,
@@ -78,7 +81,6 @@ def transformer_config(model: Model, spec: MegatronTrainerSpec) -> TransformerCo
         "params_dtype": torch.float32,
         "pipeline_dtype": torch.float32,
         "use_cpu_initialization": cpu.needed(),
-        "perform_initialization": False,  # weights are given
         "use_te_activation_func": True,  # an activation that is a module: our Gate
         "bias_activation_fusion": False,
         "bias_dropout_fusion": False,
@@ -88,6 +90,8 @@ def transformer_config(model: Model, spec: MegatronTrainerSpec) -> TransformerCo
     }
     if model.moe:
         fields |= _moe(model)
+    if engine.here():
+        fields |= engine.fields(exp, spec)
     if model.mla:
         return MLATransformerConfig(**fields, **_mla(model))
     return TransformerConfig(**fields)
@@ -141,12 +145,13 @@ def _mla(model: Model) -> dict[str, Any]:
     }
 
 
-def build(model: Model, spec: MegatronTrainerSpec, arithmetic: Arithmetic) -> tuple[Policy, Table]:
+def build(exp: Experiment, spec: MegatronTrainerSpec, arithmetic: Arithmetic) -> tuple[Policy, Table]:
     """This rank's stage, its weights not yet set, and the table of what its tensors are."""
-    config = transformer_config(model, spec)
+    model, config = exp.model.sized(), transformer_config(exp, spec)
+    block: Any = engine.block_spec(config) if engine.here() else layers.block_spec(config, model)
     network = Policy(
         config,
-        layers.block_spec(config, model),
+        block,
         vocab_size=model.vocab_size,
         max_sequence_length=model.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -155,16 +160,23 @@ def build(model: Model, spec: MegatronTrainerSpec, arithmetic: Arithmetic) -> tu
         position_embedding_type="rope",
         rotary_base=model.rope_theta,  # type: ignore[arg-type]
     )
+    expert_rank: Any = parallel_state.get_expert_tensor_parallel_rank()
     place = Place(
         (parallel_state.get_tensor_model_parallel_rank(), spec.tp),
-        (parallel_state.get_expert_tensor_parallel_rank(), spec.etp),
+        (expert_rank, spec.etp),
         (parallel_state.get_expert_model_parallel_rank(), spec.ep),
         get_transformer_layer_offset(config),
     )
     table = Table(model, place)
+    if engine.here():
+        network.cuda()
+        if not exp.precision.megatron() and exp.precision != exp.precision.plain:
+            reference = exp.reference.precision
+            engine.quantise_weights(network, table, exp.precision, lambda: arithmetic.precision != reference)
+        return network, table
     layers.bind(network, arithmetic, table)
     if network.pre_process:
-        network.embedding.register_forward_hook(lambda module, args, out: arithmetic.weight(out))
+        network.embedding.register_forward_hook(lambda _, args, out: arithmetic.weight(out))  # type: ignore[arg-type]
     return network, table
 
 

@@ -26,24 +26,30 @@ from lpexp.data import Batch, Param, SyncReport
 from lpexp.errors import RunError
 from lpexp.model.decoder import initial_tensors, settle
 from lpexp.precision import Parts, Precision, side
-from lpexp.trainer.megatron import MegatronTrainerSpec, cpu, network
+from lpexp.trainer.megatron import MegatronTrainerSpec, cpu, engine, network
+from lpexp.trainer.megatron.inputs import Inputs, micro_batches, packed, padded
 from lpexp.trainer.megatron.layers import Arithmetic, Linear
 from lpexp.trainer.megatron.names import Piece
+from lpexp.trainer.megatron.stored import FOLDER
 from lpexp.trainer.step import Found, QuantStats, policy_loss
 
 cpu.imported()
 
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel  # noqa: E402
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory  # noqa: E402
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region  # noqa: E402
+from megatron.core.tensor_parallel.mappings import (  # noqa: E402
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 
 if TYPE_CHECKING:
     from lpexp.experiment import Experiment
     from lpexp.precision.wire import Frozen
 
-STATE, TRAINER = "torch_dist", "trainer.json"
+TRAINER = "trainer.json"
 Rows = tuple[int, int]  # first and last + 1
 Scored = tuple[Tensor, Tensor]  # log-probability and entropy of each response token
 
@@ -93,8 +99,10 @@ class MegatronRank:
 
     def _build(self) -> None:
         spec = self.spec
+        self.engine = engine.here()
         self.arithmetic = Arithmetic(self.model, self.exp.precision)
-        self.network, self.table = network.build(self.model, spec, self.arithmetic)
+        self.network, self.table = network.build(self.exp, spec, self.arithmetic)
+        self.device = next(self.network.parameters()).device
         self.ddp = DistributedDataParallel(
             self.network.config,
             DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
@@ -111,11 +119,14 @@ class MegatronRank:
                 clip_grad=spec.clip_grad,
                 use_distributed_optimizer=True,
                 optimizer_cpu_offload=spec.optimizer_offload,
+                bf16=self.engine,
                 params_dtype=self.network.config.params_dtype,
             ),
             [self.ddp],
             use_gloo_process_groups=False,
         )
+        for optimizer in self.optimizer.chained_optimizers:  # type: ignore[attr-defined]
+            cpu.begin(optimizer)
         # Every tensor that a checkpoint holds, under its name here: parameters, and the routers' selection biases.
         buffers = ((name, t) for name, t in self.network.named_buffers() if name.endswith("expert_bias"))
         self.tensors: dict[str, Tensor] = dict(itertools.chain(self.network.named_parameters(), buffers))
@@ -137,13 +148,17 @@ class MegatronRank:
         for param in self.params:
             found = sum(_size(piece, param) for _, _, piece in self.owners[param.name])
             assert found == math.prod(param.shape), f"{param.name}: {found} of {math.prod(param.shape)} elements"
+        self._fill_buckets(self.spec.bucket_mb << 20)
+
+    def _fill_buckets(self, limit: int) -> None:
+        """Tensors in order, so many that their 16-bit values are at most `limit` bytes, or one."""
         self.buckets: list[list[Param]] = []
         room = 0
         for param in self.params:
             size = 2 * math.prod(param.shape)
             if size > room:
                 self.buckets.append([])
-                room = self.spec.bucket_mb << 20
+                room = limit
             self.buckets[-1].append(param)
             room -= size
 
@@ -212,10 +227,11 @@ class MegatronRank:
         """Weights and optimiser state as torch_dist, each rank its part; counters as JSON."""
         at = Path(directory)
         if self.rank == 0:
-            (at / STATE).mkdir()
+            (at / FOLDER).mkdir()
         torch.distributed.barrier()
         with cpu.here():
-            dist_checkpointing.save(self._sharded(), str(at / STATE), ("torch_dist", 1))
+            state, _ = self._sharded()
+            dist_checkpointing.save(state, str(at / FOLDER), ("torch_dist", 1))
         if self.rank == 0:
             counters = {"version": self.version, "updates": self.updates, "kept": sorted(self._kept())}
             (at / TRAINER).write_text(json.dumps(counters))
@@ -225,11 +241,12 @@ class MegatronRank:
         at = Path(directory)
         state = json.loads((at / TRAINER).read_text())
         for name in state["kept"]:
-            setattr(self, name, {local: t.detach().clone() for local, t in self.tensors.items()})
+            setattr(self, name, {local: t.detach().float().clone() for local, t in self.tensors.items()})
         with cpu.here():
-            found = dist_checkpointing.load(self._sharded(loading=True), str(at / STATE))
+            wanted, optimizer = self._sharded(loading=True)
+            found: Any = dist_checkpointing.load(wanted, str(at / FOLDER))
             self.network.load_state_dict(found["model"])
-            self.optimizer.load_state_dict(found["optimizer"])
+            self.optimizer.load_state_dict(_filled(optimizer, found["optimizer"], state["updates"]))
             for name in state["kept"]:
                 setattr(self, name, found[name])
         self.version, self.updates = state["version"], state["updates"]
@@ -241,19 +258,26 @@ class MegatronRank:
         kept = {"previous": self.previous, "reference": self.reference}
         return {name: tensors for name, tensors in kept.items() if tensors is not None}
 
-    def _sharded(self, loading: bool = False) -> dict[str, Any]:
-        """Everything that a checkpoint holds, with the place of each shard in the whole."""
-        data = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        facts = {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": data}
+    def _sharded(self, loading: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Everything that a checkpoint holds, with the place of each shard in the whole; and the optimiser's own state.
+
+        Only what is sharded of that is stored: the rest is the config's, but for the number of steps, and its form
+        depends on the layout.
+        """
+        facts = {
+            "distrib_optim_sharding_type": "fully_reshardable",
+            "chained_optim_avoid_prefix": True,  # with experts spread out there are two optimisers, else one
+            "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        }
         model = self.network.sharded_state_dict(metadata=facts)
-        state = {"model": model}
-        state["optimizer"] = self.optimizer.sharded_state_dict(model, is_loading=loading, metadata=facts)
+        optimizer: Any = self.optimizer.sharded_state_dict(model, is_loading=loading, metadata=facts)
+        state = {"model": model, "optimizer": _only_sharded(optimizer)}
         for name, tensors in self._kept().items():
             beside = self.network.sharded_state_dict(metadata=facts)
             state[name] = {local: shard for local, shard in beside.items() if local in tensors}
             for local, shard in state[name].items():
                 shard.key, shard.data = f"{name}.{shard.key}", tensors[local]
-        return state
+        return state, optimizer
 
     # -- what it promises --------------------------------------------------------------------------
     def contract(self) -> dict[str, str]:
@@ -280,6 +304,10 @@ class MegatronRank:
         self._quantize_s += time.perf_counter() - begin
         return frozen, None
 
+    def give(self, version: int, bucket: int) -> None:
+        """The other ranks' part in `ship`."""
+        self.ship(version, bucket)
+
     def shipped(self, version: int) -> SyncReport:
         """What the buckets were, all together."""
         from lpexp.precision.wire import checksum_frozen, quantized_share
@@ -301,27 +329,25 @@ class MegatronRank:
         """On the first rank: whole tensors of these as float32 values of the 16-bit model. All ranks call it."""
         params = list(params)
         whole = {param.name: torch.empty(param.shape) for param in params} if self.rank == 0 else {}
-        givers = sorted({rank for param in params for rank, _, _ in self.owners[param.name]})
-        for giver in givers:
-            pieces = [(l, p) for param in params for rank, l, p in self.owners[param.name] if rank == giver]
+        parts: dict[int, list[tuple[str, Piece, int]]] = {}  # giver: its tensor, the piece, elements
+        for param in params:
+            for giver, local, piece in self.owners[param.name]:
+                parts.setdefault(giver, []).append((local, piece, _size(piece, param)))
+        for giver in sorted(parts):
+            sizes = [size for _, _, size in parts[giver]]
             if self.rank == giver:
-                cut = [_cut(self._round(local, tensors[local].detach()), piece) for local, piece in pieces]
-                flat = torch.cat([part.reshape(-1) for part in cut])
-            if giver != 0:
-                size = sum(
-                    _size(piece, param) for param in params for r, _, piece in self.owners[param.name] if r == giver
-                )
-                if self.rank == giver:
+                cut = [_cut(self._round(local, tensors[local].detach()), piece) for local, piece, _ in parts[giver]]
+                flat = torch.cat([part.reshape(-1).float() for part in cut])
+                if giver:
                     torch.distributed.send(flat, 0)
-                elif self.rank == 0:
-                    flat = torch.empty(size, device=next(iter(self.tensors.values())).device)
-                    torch.distributed.recv(flat, giver)
+            elif self.rank == 0:
+                flat = torch.empty(sum(sizes), device=self.device)
+                torch.distributed.recv(flat, giver)
             if self.rank == 0:
-                for _, piece in pieces:
-                    target = whole[piece.name][slice(*piece.rows)]
-                    target = target if piece.cols is None else target[:, slice(*piece.cols)]
-                    target.copy_(flat[: target.numel()].view(target.shape))
-                    flat = flat[target.numel() :]
+                for (_, piece, _), given in zip(parts[giver], flat.split(sizes), strict=True):
+                    rows = whole[piece.name][slice(*piece.rows)]
+                    target = rows if piece.cols is None else rows[:, slice(*piece.cols)]
+                    target.copy_(given.view(target.shape))
         for param in params if self.rank == 0 else ():
             yield param, whole.pop(param.name)
 
@@ -329,15 +355,13 @@ class MegatronRank:
         """Whole tensors of the 16-bit model on the first rank; for models of a size that fits there."""
         return {param.name: tensor for param, tensor in self.gathered(self.tensors, self.params)}
 
-    def effective(self) -> dict[str, list[tuple[Piece, Parts]]]:
-        """{checkpoint name: (piece, its parts)} of every matrix of this rank that the layers multiply with."""
-        found: dict[str, list[tuple[Piece, Parts]]] = {}
+    def effective(self) -> Iterator[tuple[str, list[Piece], Parts]]:
+        """What the layers multiply with: of each shard its checkpoint tensor, the pieces of it, and their parts."""
         for at, module in self.network.named_modules():
             if isinstance(module, Linear):
-                parts = self.arithmetic.parts(module, self.tensors[f"{at}.weight"])
-                for piece in self.pieces[f"{at}.weight"]:
-                    found.setdefault(piece.name, []).append((piece, parts[piece.name]))
-        return found
+                pieces = self.pieces[f"{at}.weight"]
+                for name, parts in self.arithmetic.parts(module, self.tensors[f"{at}.weight"]).items():
+                    yield name, [piece for piece in pieces if piece.name == name], parts
 
     # -- learning ----------------------------------------------------------------------------------
     def step(self, batch: Batch) -> dict[str, Any]:
@@ -388,8 +412,8 @@ class MegatronRank:
             self._run(batch, update, learn, learning=True)
             mark = time.perf_counter()
             lr = self._set_lr()
-            _, norm, _ = self.optimizer.step()
-            norm = float(norm)
+            stepped: Any = self.optimizer.step()  # whether it did, the gradient's norm, zeros in it
+            norm = float(stepped[1])
             if not np.isfinite(norm):
                 raise RunError(
                     f"step {batch.step}: the gradient norm is {norm}; lower trainer.lr or look at the batch in record/"
@@ -417,15 +441,10 @@ class MegatronRank:
     def _micro_batches(self, batch: Batch, first: int, last: int) -> list[Rows]:
         """The (start, stop) rows of this rank's micro-batches; every data-parallel rank has as many."""
         rank, ranks = self.data
-        each = (last - first) // ranks
-        room = max(self.spec.max_tokens_per_gpu // self._width(batch), 1)
-        edges = np.linspace(0, each, -(-each // room) + 1).astype(int) + first + rank * each
-        return list(itertools.pairwise(edges.tolist()))
-
-    def _width(self, part: Batch) -> int:
-        """Padded tokens a row: a multiple of the tensor-parallel size, which shares the sequence out."""
-        longest = int(part.lengths_N.max())
-        return longest + -longest % self.spec.tp
+        longest = int(batch.lengths_N.max()) + self.spec.tp - 1
+        cost = batch.lengths_N[first:last] if self.engine else np.full(last - first, longest)
+        edges = micro_batches(cost, ranks, self.spec.max_tokens_per_gpu * self.spec.cp)[rank]
+        return [(first + a, first + b) for a, b in itertools.pairwise(edges)]
 
     def _set_lr(self) -> float:
         self.updates += 1
@@ -442,7 +461,7 @@ class MegatronRank:
             for rank, local, piece in owners:
                 if rank == self.rank and not local.endswith("expert_bias"):
                     total += _cut(self.tensors[local].detach(), piece).double().square().sum().cpu()
-        total = total.to(next(iter(self.tensors.values())).device)
+        total = total.to(self.device)
         torch.distributed.all_reduce(total)
         return float(total.sqrt())
 
@@ -451,7 +470,7 @@ class MegatronRank:
         """Other weights in the place of the newest, and another precision to compute in."""
         newest = {name: tensor.data for name, tensor in self.tensors.items()}
         for name, tensor in self.tensors.items():
-            tensor.data = tensors[name]
+            tensor.data = tensors[name].to(tensor.dtype)
         self.arithmetic.use(precision or self.exp.precision)
         try:
             yield
@@ -492,15 +511,14 @@ class MegatronRank:
         def forward(micro_batches: Iterator[Rows], ddp: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
             start, stop = next(micro_batches)
             part = batch.rows(start, stop)
-            tokens = torch.zeros(len(part), self._width(part), dtype=torch.long)
-            given = torch.from_numpy(part.tokens_NT[:, : tokens.shape[1]].astype(np.int64))
-            tokens[:, : given.shape[1]] = given
-            tokens = tokens.to(next(iter(self.tensors.values())).device)
-            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-            hidden = ddp(tokens, positions, None)  # [T / tp, B, H]
+            given = self._inputs(part)
+            tokens = torch.from_numpy(given.tokens_BT).to(self.device)
+            positions = torch.arange(tokens.shape[1], device=self.device).expand_as(tokens)
+            packed = {} if given.ends is None else {"packed_seq_params": engine.packed_params(given.ends, self.device)}
+            hidden = ddp(tokens, positions, None, **packed)  # [T / tp, B, H]
 
             def loss(hidden: Tensor) -> tuple[Tensor, dict[str, Any]]:
-                found = use(start, part, self._score(hidden, tokens, part))
+                found = use(start, part, self._score(hidden, given, part))
                 # Undone by the schedule, which means over micro-batches, and by the gradients' mean over ranks.
                 return found * len(rows) * self.data[1], {}
 
@@ -511,17 +529,31 @@ class MegatronRank:
             data_iterator=iter(rows),
             model=[self.ddp],
             num_microbatches=len(rows),
-            seq_length=self._width(batch),
+            seq_length=batch.tokens_NT.shape[1],
             micro_batch_size=max(stop - start for start, stop in rows),
             forward_only=not learning,
         )
 
-    def _score(self, hidden: Tensor, tokens: Tensor, part: Batch) -> Scored:
+    def _inputs(self, part: Batch) -> Inputs:
+        if self.engine:
+            context = parallel_state.get_context_parallel_rank(), self.spec.cp
+            return packed(part, self.spec.tp, context)
+        return padded(part, self.spec.tp)
+
+    def _score(self, hidden: Tensor, given: Inputs, part: Batch) -> Scored:
+        """Log-probability and entropy of all response tokens; a context-parallel rank scores those it holds."""
         if self.spec.tp > 1:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
-        n, t = (torch.from_numpy(at).to(tokens.device) for at in np.nonzero(part.mask_NT))
-        temperature = self.exp.rollout.temperature
-        return network.score(hidden[t - 1, n], self.network.head, tokens[n, t], temperature, self.arithmetic)
+        before = hidden.flatten(0, 1)[torch.from_numpy(given.row_R).to(self.device)]
+        tokens = torch.from_numpy(part.tokens_NT[part.mask_NT].astype(np.int64)).to(self.device)
+        args = (self.network.head, tokens, self.exp.rollout.temperature, self.arithmetic)
+        logprobs, entropy = network.score(before, *args)
+        if given.held_R is None:
+            return logprobs, entropy
+        held, group = torch.from_numpy(given.held_R).to(self.device), parallel_state.get_context_parallel_group()
+        found = (x.where(held, 0.0) for x in (logprobs, entropy))
+        logprobs, entropy = (reduce_from_tensor_model_parallel_region(x, group) for x in found)
+        return logprobs, entropy
 
 
 def _cut(local: Tensor, piece: Piece) -> Tensor:
@@ -533,3 +565,23 @@ def _size(piece: Piece, param: Param) -> int:
     """Elements of a piece."""
     rest = param.shape[1:] if piece.cols is None else (piece.cols[1] - piece.cols[0],)
     return (piece.rows[1] - piece.rows[0]) * math.prod(rest)
+
+
+def _only_sharded(state: Any) -> dict[Any, Any]:
+    """The nested groups of a state with nothing but their shards."""
+    groups = {key: _only_sharded(value) for key, value in state.items() if isinstance(value, dict)}
+    shards = {key: value for key, value in state.items() if isinstance(value, ShardedTensor | ShardedTensorFactory)}
+    return {key: value for key, value in groups.items() if value} | shards
+
+
+def _filled(state: Any, loaded: Any, steps: int) -> dict[Any, Any]:
+    """The same groups with what was loaded in the place of the shards, after so many steps."""
+    made = {}
+    for key, value in state.items():
+        if isinstance(value, dict):
+            made[key] = _filled(value, loaded.get(key, {}), steps)
+        elif key == "param_groups":
+            made[key] = [{**group, "step": steps} if "step" in group else group for group in value]
+        else:
+            made[key] = loaded.get(key, value)
+    return made
