@@ -250,7 +250,7 @@ class Experiment(Spec):
 
     @rule
     def _backends_agree(self) -> Iterator[Mistake]:
-        if self.trainer.reads_layout and self.model.parallel == Parallel():
+        if self.trainer.reads_layout and self.cluster.world and self.model.parallel == Parallel():
             return  # no layout has said any size: the front end tells that, instead of what does not fit the defaults
         yield from self.trainer.judge(self)
         yield from self.rollout.judge(self)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -101,7 +100,7 @@ def _launches(page: Path) -> list[list[str]]:
     """The words of every `python launch.py` in a block of commands, a directory of the reader's own left out."""
     blocks = re.findall(r"```\n(.*?)```", page.read_text(), re.DOTALL)
     lines = [line.partition("#")[0] for block in blocks for line in block.splitlines() if "python launch.py" in line]
-    return [[w for w in shlex.split(line.partition("launch.py")[2]) if "DIR" not in w] for line in lines]
+    return [[w for w in line.partition("launch.py")[2].rstrip('"').split() if "DIR" not in w] for line in lines]
 
 
 def test_every_command_of_the_page_composes_and_each_recipe_has_one(repo: Path) -> None:

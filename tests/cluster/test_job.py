@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shlex
 import shutil
 import socket
 import subprocess
@@ -98,8 +99,9 @@ def _wait(head: Head, process: subprocess.Popen, log: Path) -> None:
 
 
 def test_ray_job_submit_runs_the_demo_on_the_cluster_whose_job_it_is(head: Head, repo: Path, tmp_path: Path) -> None:
-    launch = [sys.executable, "launch.py", *RUN, f"output_dir={tmp_path / 'run'}"]
-    done = head.run(*RAY, "job", "submit", "--address", head.dashboard, "--working-dir", str(repo), "--", *launch)
+    launch = shlex.join([sys.executable, "launch.py", *RUN, f"output_dir={tmp_path / 'run'}"])
+    entry = ["sh", "-c", f"cd {shlex.quote(str(repo))} && exec {launch}"]  # as docs/cluster.md says it
+    done = head.run(*RAY, "job", "submit", "--address", head.dashboard, "--", *entry)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "local: CPU, of the Ray cluster at auto" in done.stdout
     assert (tmp_path / "run" / "finished.json").exists()
