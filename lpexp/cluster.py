@@ -6,6 +6,7 @@ words only, so `cluster=inline` runs the same classes in one process. ray is imp
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
@@ -272,6 +273,17 @@ class _InlineHandle:
         self._held = None
 
 
+@contextlib.contextmanager
+def _stops() -> Iterator[None]:
+    """A stop that was raised while Ray was about to return comes out of Ray as a SystemError."""
+    try:
+        yield
+    except SystemError as error:
+        if isinstance(error.__cause__, Stopped):
+            raise error.__cause__ from None
+        raise
+
+
 class _RayFuture:
     """A call to an actor; the answer is fetched once."""
 
@@ -285,12 +297,11 @@ class _RayFuture:
 
         if self._settled is None:
             try:
-                while not ray.wait([self._ref], timeout=0.5)[0]:
+                while not self.settled(0.5):
                     pass  # short waits, so that a signal is handled between them
-                self._settled = _Done(pickle.loads(ray.get(self._ref)))  # from our own worker, over loopback
-            except SystemError as error:  # a stop that was raised while Ray was about to return
-                if isinstance(error.__cause__, Stopped):
-                    raise error.__cause__ from None
+                with _stops():
+                    self._settled = _Done(pickle.loads(ray.get(self._ref)))  # from our own worker, over loopback
+            except (Stopped, SystemError):
                 raise
             except Exception as error:
                 self._settled = _Done(None, error)
@@ -300,7 +311,8 @@ class _RayFuture:
     def settled(self, timeout_s: float) -> bool:
         import ray
 
-        return self._settled is not None or bool(ray.wait([self._ref], timeout=timeout_s)[0])
+        with _stops():
+            return self._settled is not None or bool(ray.wait([self._ref], timeout=timeout_s)[0])
 
     def error(self) -> BaseException | None:
         return self._wait().error()
