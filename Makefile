@@ -31,7 +31,7 @@ test-megatron: $(VENV)/.installed-megatron ## the Megatron-core trainer on CPU, 
 test-gpu: $(VENV)/.installed ## the tests that need a CUDA card; fails where there is none
 	$(BIN)/python -m pytest -m gpu
 
-check: $(VENV)/.installed-extras ## ruff, pyright, and the layers
+check: $(VENV)/.installed-extras $(VENV)/.installed-megatron ## ruff, pyright, and the layers
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright

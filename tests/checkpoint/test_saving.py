@@ -380,9 +380,9 @@ def unpicklers(source: str) -> list[str]:
         if isinstance(node, ast.Import | ast.ImportFrom):
             modules = [a.name for a in node.names] + [getattr(node, "module", None) or ""]
             found += [m for m in modules if m.split(".")[0] in ("pickle", "cloudpickle", "joblib", "dill", "shelve")]
-        reads = isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"
-        if reads and "weights_only=True" not in map(ast.unparse, node.keywords):  # that reads tensors and runs nothing
-            found.append("torch.load")
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+            safe = "weights_only=True" in map(ast.unparse, node.keywords)  # that reads tensors and runs nothing
+            found += [] if safe else ["torch.load"]
         if isinstance(node, ast.keyword) and node.arg == "allow_pickle" and ast.unparse(node.value) != "False":
             found.append("allow_pickle")
     return found
