@@ -40,6 +40,8 @@ def calibrate(source: Path, directory: Path, wish: Calibration) -> Report:
     if wish.length > stored.model.max_position_embeddings:
         most = stored.model.max_position_embeddings
         raise ConfigError(f"--max-sequence-length {wish.length}: the model has {most} positions; use at most {most}")
+    if not sys.stderr.isatty():
+        os.environ["TQDM_DISABLE"] = "1"  # read when its first user is imported, which is transformers below
     tokens_NT = draw(_tokens(source, Path(wish.data), wish), wish)
     found = _gptq(source, stored, wish, tokens_NT)
     kinds: dict[str, list[Any]] = {}
@@ -100,7 +102,7 @@ def _tokens(source: Path, data: Path, wish: Calibration) -> list[int]:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=wish.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{source} has no tokenizer that transformers reads: {str(error).splitlines()[0]}") from None
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # its length warning is not for us
 
 
 def draw(tokens: list[int], wish: Calibration) -> list[list[int]]:
@@ -119,19 +121,16 @@ def draw(tokens: list[int], wish: Calibration) -> list[list[int]]:
 # -- GPTQ --------------------------------------------------------------------------------------------------------------
 def _gptq(source: Path, stored: hf.Stored, wish: Calibration, tokens_NT: list[list[int]]) -> dict[str, Tensor]:
     """The model's tensors after GPTQ: weights on their grid, and a scale beside each."""
-    if not sys.stderr.isatty():
-        os.environ["TQDM_DISABLE"] = "1"
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the source directory
-    from loguru import logger
-
-    logger.remove()
-    logger.add(sys.stderr, level="WARNING")
     import torch
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
+    from loguru import logger
     from transformers import AutoModelForCausalLM
 
+    logger.remove()  # what llm-compressor added when it was imported
+    logger.add(sys.stderr, level="WARNING")
     torch.manual_seed(wish.seed)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, trust_remote_code=wish.trust_remote_code)
     told = wish.precision.hf(stored.model.params(), stored.moe)
