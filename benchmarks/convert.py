@@ -25,7 +25,7 @@ from pathlib import Path
 import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from vs_trl import provenance  # it puts the checkout on the path
+from vs_trl import write_page  # it puts the checkout on the path
 
 from lpexp.disk import sync, sync_tree
 from lpexp.model import Model, hf
@@ -44,10 +44,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write the page")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="convert-") as folder:
-        page, held = report(args, Path(folder))
-    print(page)
+        table, note, held = report(args, Path(folder))
+    print(table)
     if args.out:
-        args.out.write_text(page)
+        write_page(args.out, "convert", table, note)
     return 0 if held else 1
 
 
@@ -121,7 +121,8 @@ def _uss(root: psutil.Process) -> Iterator[int]:
                 yield process.memory_full_info().uss
 
 
-def report(args: argparse.Namespace, folder: Path) -> tuple[str, bool]:
+def report(args: argparse.Namespace, folder: Path) -> tuple[str, str, bool]:
+    """(table, what was converted, do all promises hold)"""
     source = synthetic(folder / "source", args.layers)
     size = sum(path.stat().st_size for path in source.iterdir())
     arms = ("copy", *PROMISED)
@@ -132,15 +133,7 @@ def report(args: argparse.Namespace, folder: Path) -> tuple[str, bool]:
             print(f"{arm} {repeat}: {taken[arm][-1]:.2f} s", file=sys.stderr, flush=True)
     memory = {word: peak_uss(word, source, folder / f"{word}-memory", args.workers) for word in PROMISED}
     speed = {arm: size / statistics.median(each) / 1e9 for arm, each in taken.items()}
-    about = provenance()
     lines = [
-        "# convert",
-        "",
-        *(f"- {key}: {value}" for key, value in about.items()),
-        f"- command: `python benchmarks/convert.py --layers {args.layers} --repeats {args.repeats} "
-        f"--workers {args.workers}`, niced",
-        f"- source: {size / 1e9:.2f} GB of bf16 in {len(list(source.glob('*.safetensors')))} shards, in the page cache",
-        "",
         "Seconds from command to fsync, alternated; GB/s are bytes of the source over the median.",
         "",
         "| arm | seconds | median | GB/s | of the copy | promised | peak private memory, all processes |",
@@ -154,8 +147,10 @@ def report(args: argparse.Namespace, folder: Path) -> tuple[str, bool]:
         cells += [f"{memory[arm] / 1e9:.2f} GB (limit {USS_LIMIT / 1e9} GB)" if arm in memory else ""]
         lines.append(f"| {' | '.join(cells)} |")
         held &= least is None or (share >= least and memory[arm] < USS_LIMIT)
-    lines += ["", "All promises hold." if held else "**A promise does not hold.**", ""]
-    return "\n".join(lines), held
+    lines += ["", "All promises hold." if held else "**A promise does not hold.**"]
+    shards = len(list(source.glob("*.safetensors")))
+    note = f"source: {size / 1e9:.2f} GB of bf16 in {shards} shards, in the page cache; {args.workers} workers"
+    return "\n".join(lines), note, held
 
 
 if __name__ == "__main__":

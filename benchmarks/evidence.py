@@ -3,14 +3,15 @@
   learning  3 seeds of bf16, fp8 and int4_qat, 100 steps of the default experiment; a control with lr=0
   ladder    train and rollout in different precisions, 3 seeds; the matched runs of `learning` beside them
   zero      4 precisions x 3 tiny models x lag 0 and 1, 50 steps: mismatch exactly 0
+  arithmetic  RL on SmolLM2-135M in bf16, fp8 and int4_qat (`lpexp fetch smollm2_135m` first); 20 minutes and 10 GB each
   tests     pytest -m evidence
   trl       benchmarks/vs_trl.py --check
   rollout   benchmarks/rollout.py
 
 The source of one commit is exported to outputs/evidence/COMMIT and run there, so that no page mixes two states of the
 tree. Runs go `--jobs` at a time, one thread each, in one process (`cluster=inline`, which gives the same numbers as
-`local`); tests and benchmarks run alone. A finished piece is kept and an unfinished run is resumed: start again with
-the same `--commit` to go on. Exit code 1 when a promise of a page does not hold or a piece failed.
+`local`); the real model, tests and benchmarks run alone. A finished piece is kept and an unfinished run is resumed:
+start again with the same `--commit` to go on. Exit code 1 when a promise of a page does not hold or a piece failed.
 Left out: whatever needs a GPU.
 """
 
@@ -35,6 +36,7 @@ from statistics import mean
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # `lpexp` is read from this checkout, installed or not
 SEEDS = (1, 2, 3)
 TRAINED = ("bf16", "fp8", "int4_qat")
 MATCHED = ("fp32", *TRAINED)
@@ -42,6 +44,7 @@ MODELS = ("qwen3_tiny", "qwen3_moe_tiny", "deepseek_tiny")
 STEPS, ZERO_STEPS, LAST = 100, 50, 20  # LAST: steps averaged at the end of a mixed run
 RISE, START = 0.15, 0.25  # sampled accuracy: at least so much more, from at most so much
 EVAL_ANSWERS = 128 * 4
+REAL_STEPS, REAL_PROMPTS, MOST_MINUTES = 24, 512, 60
 GREEDY, SAMPLED = "eval/sort_letters/greedy_acc", "eval/sort_letters/sampled_acc"
 MEAN, K3, MULT, MAX = (
     f"mismatch/{key}" for key in ("logprob_abs_diff_mean", "kl_k3", "mult_prob_error", "logprob_abs_diff_max")
@@ -63,6 +66,7 @@ LADDER = {
     ),
     "int4_qat g128 / bf16": (("precision=int4_qat", "precision@rollout.precision=bf16"), INT4_BAND),
 }
+COLORS = dict(zip(TRAINED, ("#1f6feb", "#d9730d", "#1a7f5a"), strict=True))
 BANDLESS = "g128"
 LADDER_KEYS = {"mean abs(d)": MEAN, "k3": K3, "mult": MULT}
 
@@ -75,6 +79,7 @@ class Job:
     overrides: tuple[str, ...] = ()
     command: tuple[str, ...] = ()
     steps: int = 1
+    alone: bool = False  # it uses the whole machine
 
 
 @dataclass
@@ -112,6 +117,12 @@ def matched(precision: str, model: str, lag: int) -> Job:
     return Job(f"zero-{precision}-{model}-lag{lag}", tuple(words), steps=ZERO_STEPS)
 
 
+def real(precision: str) -> Job:
+    words = ("experiment=smollm2_arithmetic", f"precision={precision}", "cluster.threads=2")
+    words += (f"steps={REAL_STEPS}", f"eval.every={REAL_STEPS}", f"eval.prompts={REAL_PROMPTS}")
+    return Job(f"arithmetic-{precision}", words, steps=30 * REAL_STEPS, alone=True)
+
+
 def jobs(section: str) -> list[Job]:
     """In the order in which they are started; the same job may serve two sections."""
     by_seed = [learned(precision, seed) for seed in SEEDS for precision in TRAINED]
@@ -121,7 +132,9 @@ def jobs(section: str) -> list[Job]:
         return [*by_seed, *(mixed(arm, seed) for seed in SEEDS for arm in LADDER)]
     if section == "zero":
         return [matched(p, model, lag) for model in MODELS for p in MATCHED for lag in (0, 1)]
-    return [Job(section, command=COMMANDS[section])]
+    if section == "arithmetic":
+        return [real(precision) for precision in TRAINED]
+    return [Job(section, command=COMMANDS[section], alone=True)]
 
 
 COMMANDS = {
@@ -147,6 +160,13 @@ class Bench:
             with tarfile.open(fileobj=BytesIO(packed)) as tar:
                 tar.extractall(half, filter="data")
             half.rename(self.source)
+        models = self.home / "cache" / "lpexp" / "models"
+        if not models.is_symlink():
+            from lpexp.disk import cache_dir
+
+            # What `lpexp fetch` brought, whichever commit did.
+            models.parent.mkdir(parents=True, exist_ok=True)
+            models.symlink_to(cache_dir("models"))
 
     def at(self, job: Job) -> Path:
         return self.home / job.name
@@ -208,7 +228,7 @@ class Bench:
         return code
 
     def run_all(self, wanted: Sequence[Job], later: Sequence[Job], at_once: int) -> list[Job]:
-        """Run what is not finished, commands alone and last; the jobs that failed. `later` counts as time left."""
+        """Run what is not finished, sharers of the machine first; the jobs that failed. `later` counts as time left."""
         left = [job for job in wanted if not self.done(job)]
         beyond = sum(job.steps for job in {*later} - {*wanted} if not self.done(job))
         total, begin, failed = sum(job.steps for job in left), time.monotonic(), []
@@ -227,7 +247,7 @@ class Bench:
 
         with ThreadPoolExecutor(at_once) as pool:
             try:
-                running: dict[Future[int], Job] = {pool.submit(self.run, job): job for job in left if not job.command}
+                running: dict[Future[int], Job] = {pool.submit(self.run, job): job for job in left if not job.alone}
                 while running:
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         ended(running.pop(future), future.result())
@@ -236,7 +256,7 @@ class Bench:
                 for process in self.processes:
                     process.terminate()  # a run stops after the step in hand and can be gone on with
                 raise
-        for job in [job for job in left if job.command]:
+        for job in [job for job in left if job.alone]:
             ended(job, self.run(job))
         return failed
 
@@ -365,6 +385,45 @@ def zero(bench: Bench, stem: Path) -> Page:
     return page
 
 
+def arithmetic(bench: Bench, stem: Path) -> Page:
+    page, rows = Page(), []
+    for precision in TRAINED:
+        job = real(precision)
+        evaluations, facts = bench.evaluations(job), bench.facts(job) or {}
+        first, last = evaluations[0], evaluations[REAL_STEPS]
+        cells, minutes = [precision], facts["wall_s"] / 60
+        for how, key in (("greedy", "greedy_acc"), ("sampled", "sampled_acc")):
+            before, after = (scores[f"eval/reasoning_gym/{key}"] for scores in (first, last))
+            # As if the two evaluations had been of different prompts, and a prompt's samples one answer: both widen it.
+            half = 1.96 * ((before * (1 - before) + after * (1 - after)) / REAL_PROMPTS) ** 0.5
+            low, high = after - before - half, after - before + half
+            cells += [f"{before:.3f}", f"{after:.3f}", f"{low:+.3f} to {high:+.3f}"]
+            page.promises.append((f"{precision}: {how} accuracy rises, its 95 % interval is above 0", low > 0))
+        worst = max(line[MAX] for line in bench.lines(job))
+        page.promises.append((f"{precision}: at most {MOST_MINUTES} minutes", minutes <= MOST_MINUTES))
+        rows.append([*cells, repr(worst), f"{minutes:.0f}"])
+    page.text.append(
+        "SmolLM2-135M-Instruct (a dequantised Q4_1 file) answers sums, differences and products of one digit; accuracy "
+        f"on {REAL_PROMPTS} held-out prompts, before the first and after step {REAL_STEPS}, one seed. The interval is "
+        "of the rise, as if both evaluations had asked different prompts."
+    )
+    ends = ("start", "end", "95 % of the rise")
+    head = [f"{how}, {when}" for how in ("greedy", "sampled") for when in ends]
+    page.table(["precision", *head, "max abs(lp_T - lp_R)", "minutes"], rows)
+    page.text.append(f"![training reward and entropy]({stem.name}.png)")
+    keys = {"reward/mean": "training reward", "train/entropy": "entropy (nat)"}
+    lines = {precision: bench.lines(real(precision)) for precision in TRAINED}
+    figure, axes = figure_of(1, 2, (9.5, 3.6))
+    for axis, (key, title) in zip(axes.flat, keys.items(), strict=True):
+        for precision, color in COLORS.items():
+            axis.plot([line[key] for line in lines[precision]], color=color, linewidth=2, label=precision)
+        axis.set_title(title, fontsize=10, loc="left")
+        axis.set_xlabel("optimiser steps")
+    axes.flat[0].legend(frameon=False, fontsize=9)
+    figure.savefig(stem.with_suffix(".png"))
+    return page
+
+
 def said(section: str) -> Callable[[Bench, Path], Page]:
     """The page of a command: what it printed."""
 
@@ -379,7 +438,12 @@ def said(section: str) -> Callable[[Bench, Path], Page]:
     return write
 
 
-PAGES: dict[str, Callable[[Bench, Path], Page]] = {"learning": learning, "ladder": ladder, "zero": zero}
+PAGES: dict[str, Callable[[Bench, Path], Page]] = {
+    "learning": learning,
+    "ladder": ladder,
+    "zero": zero,
+    "arithmetic": arithmetic,
+}
 PAGES |= {section: said(section) for section in COMMANDS}
 
 
@@ -403,7 +467,6 @@ def write(bench: Bench, section: str, folder: Path, at_once: int) -> bool:
 
 def provenance(bench: Bench, pieces: Sequence[Job], at_once: int) -> Iterator[str]:
     """When, of which commit, with what, where, and how busy the machine was."""
-    sys.path.insert(0, str(ROOT))
     from lpexp.log import hardware, versions
 
     facts = [fact for job in pieces if (fact := bench.facts(job))]
@@ -411,7 +474,7 @@ def provenance(bench: Bench, pieces: Sequence[Job], at_once: int) -> Iterator[st
     packages = ", ".join(f"{name} {found[name]}" for name in ("python", "torch", "ray", "numpy") if found.get(name))
     days = sorted({fact["ended"][:10] for fact in facts})
     loads = [load for fact in facts for load in fact["load"]]
-    both = "alone" if pieces[0].command else f"{at_once} at a time"
+    both = "alone" if pieces[0].alone else f"{at_once} at a time"
     yield "\n".join(
         [
             f"- date: {' to '.join(dict.fromkeys((days[0], days[-1])))}",
@@ -442,18 +505,13 @@ def commands(bench: Bench, pieces: Sequence[Job]) -> Iterator[str]:
 
 def draw_learning(bench: Bench, path: Path) -> None:
     """Sampled and greedy accuracy, training reward and entropy over the steps, of every precision and the control."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
     import numpy as np
 
-    figure, axes = plt.subplots(2, 2, figsize=(9.5, 7), dpi=130, layout="constrained", sharex=True)
-    colors = dict(zip(TRAINED, ("#1f6feb", "#d9730d", "#1a7f5a"), strict=True))
+    figure, axes = figure_of(2, 2, (9.5, 7))
     titles = {SAMPLED: "held-out accuracy, sampled", GREEDY: "held-out accuracy, greedy"}
     titles |= {"reward/mean": "training reward, mean of 5 steps", "train/entropy": "entropy (nat), mean of 5 steps"}
     for axis, (key, title) in zip(axes.flat, titles.items(), strict=True):
-        for precision, color in colors.items():
+        for precision, color in COLORS.items():
             curves = [curve(bench, learned(precision, seed), key) for seed in SEEDS]
             for x, y in curves:
                 axis.plot(x, y, color=color, linewidth=0.8, alpha=0.35)
@@ -463,13 +521,24 @@ def draw_learning(bench: Bench, path: Path) -> None:
             axis.plot(*curve(bench, control(precision), key), color="#6b7280", linewidth=1, linestyle="--", label=label)
         axis.set_title(title, fontsize=10, loc="left")
         axis.set_ylim(0, None if key == "train/entropy" else 1)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].legend(frameon=False, fontsize=9)
     for axis in axes[1]:
         axis.set_xlabel("optimiser steps")
     figure.savefig(path)
-    plt.close(figure)
+
+
+def figure_of(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
+    """An empty figure and its axes, in the house's style."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, sharex=True)
+    for axis in axes.flat:
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
 
 
 def curve(bench: Bench, job: Job, key: str) -> tuple[list[float], list[float]]:

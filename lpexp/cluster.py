@@ -76,6 +76,14 @@ class Cluster(Spec):
         """The Ray cluster that this run joins; None: it starts its own."""
         return self.address or ("auto" if self.kind == "ray" and JOB in os.environ else None)
 
+    @property
+    def machines(self) -> str:
+        """Its name, its GPUs, and whose Ray it is."""
+        gpus = f"{self.nodes} x {self.gpus_per_node} {self.gpu or ''} GPUs" if self.world else "CPU"
+        if self.world and not self.colocate:
+            gpus += f", {self.trainer_gpus} for the trainer and {self.engine_gpus} for the engines"
+        return f"{self.name}: {gpus}" + (f", of the Ray cluster at {self.joins}" if self.joins else "")
+
     @rule
     def _known(self) -> Iterator[Mistake]:
         if self.gpu not in (None, "any", *CAPABILITY):
@@ -399,7 +407,7 @@ def _join_ray(address: str) -> Any:
     logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError) as error:  # no cluster, another Ray or Python than ours
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:  # none, another Ray, the wrong token
         raise ConfigError([Mistake("cluster.address", f"{address}: {_first_line(error)}; {way}")]) from None
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 

@@ -47,6 +47,7 @@ class Console:
             self.say(f"  checkpoint {said}{'' if start_step <= exp.lag else '; that was before this resume'}")
         self.say(f"  contract   {contract}")
         self.say(f"  task       {exp.task.name}, {_batch(exp)}; correction {exp.correction.name}, lag {exp.lag}")
+        self.say(f"  cluster    {exp.cluster.machines}")
         for row in (*exp.trainer.plan(exp), *exp.rollout.plan(exp)):
             self.say("  " + "  ".join(str(value) for value in _in_order(row)))
         self.say(f"  run        {run_dir}" + (f", from step {start_step}" if start_step else ""))

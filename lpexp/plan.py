@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lpexp.cluster import Cluster
 from lpexp.config import Spec
 from lpexp.console import served_first
 from lpexp.experiment import Experiment
@@ -55,7 +54,7 @@ def text(exp: Experiment) -> str:
         ("reference", reference),
         ("algorithm", _describe(exp.algorithm, type(exp.algorithm).__name__.lower())),
         ("correction", _describe(exp.correction, exp.correction.name)),
-        ("cluster", _machines(exp.cluster)),
+        ("cluster", exp.cluster.machines),
         (
             "batch",
             f"{task.prompts_per_step} prompts x {exp.algorithm.samples_per_prompt} samples of {task.name}{picked}, "
@@ -115,14 +114,14 @@ def placement(exp: Experiment) -> str:
     """Which GPU does what: a row a node. The trainer's ranks come first, in order; so do the engines'."""
     cluster, each = exp.cluster, exp.cluster.gpus_per_node
     last = cluster.world - cluster.engine_gpus  # the engines' first GPU
+    told = [(0, row) for row in exp.trainer.plan(exp)] + [(last, row) for row in exp.rollout.plan(exp)]
     rows = []
     for node in range(cluster.nodes):
         cells = [f"node {node}", f"{each} {cluster.gpu or ''} GPUs"]
-        for first, told in ((0, exp.trainer.plan(exp)), (last, exp.rollout.plan(exp))):
-            for row in told:
-                here = [n for n in range(row["count"]) if _overlap(first + n * row["gpus"], row["gpus"], node, each)]
-                plural = "s" if len(here) > 1 else ""
-                cells.append(f"{row['role']}{plural} {span(here)}" if here else "")
+        for first, row in told:
+            here = [n for n in range(row["count"]) if _overlap(first + n * row["gpus"], row["gpus"], node, each)]
+            plural = "s" if len(here) > 1 else ""
+            cells.append(f"{row['role']}{plural} {span(here)}" if here else "")
         rows.append(cells)
     how = "a placement group, one bundle a node" if exp.cluster.kind == "ray" else "this process"
     turns = "trainer and engines take turns on every GPU" if cluster.colocate else "trainer and engines sit apart"
@@ -158,8 +157,10 @@ def missing(exp: Experiment) -> str | None:
         asked = f"{cluster.world} {kind}GPU{'s' if cluster.world > 1 else ''}{many}"
         has = f"{len(here)} ({here[0]})" if here else "none"
         small = exp.model.sized().num_params() < 10_000_000
-        way = "type cluster=local to run on its cores" if small else "type scale=laptop to run its small twin here"
-        way += ", or cluster.address=... to join a Ray cluster that has them" if not small else ""
+        join = "join a Ray cluster that has them (cluster.address=...), or "
+        way = (
+            "type cluster=local to run on its cores" if small else f"{join}type scale=laptop to run its small twin here"
+        )
         what = f"model={exp.model.name} precision={exp.precision.name} on cluster={cluster.name}"
         return f"{what} needs {asked} and this machine has {has}; {way}"
     for part in (exp.trainer, exp.rollout):
@@ -186,14 +187,6 @@ def _describe(part: Spec, name: str) -> str:
     """The part's name and its fields."""
     fields = {key: value for key, value in part.dump().items() if key not in ("_target_", "name")}
     return name + (f" ({', '.join(f'{key} {value}' for key, value in fields.items())})" if fields else "")
-
-
-def _machines(cluster: Cluster) -> str:
-    """Its GPUs, and whose Ray it is."""
-    gpus = f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu or ''} GPUs" if cluster.world else "CPU"
-    if cluster.world and not cluster.colocate:
-        gpus += f", {cluster.trainer_gpus} for the trainer and {cluster.engine_gpus} for the engines"
-    return f"{cluster.name}: {gpus}" + (f", of the Ray cluster at {cluster.joins}" if cluster.joins else "")
 
 
 def _contract(exp: Experiment, params: Sequence[Any], moe: bool) -> str:

@@ -27,7 +27,10 @@ class Seat(NamedTuple):
 
 
 class Reservation:
-    """`nodes` nodes with `gpus` GPUs each, held until `release`; RunError when they are not there in time."""
+    """`nodes` nodes with `gpus` GPUs each, held until `release`; RunError when they are not there in time.
+
+    Where the cluster names its GPUs, only nodes of that `kind` are taken; None, or "any": all are.
+    """
 
     def __init__(
         self, nodes: int, gpus: int, kind: str | None, wait_s: float, tell: Callable[[str], None] = lambda text: None
@@ -35,10 +38,12 @@ class Reservation:
         from ray.util.placement_group import placement_group
 
         self.nodes, self.gpus = nodes, gpus
-        self.group = placement_group([{"GPU": gpus}] * nodes, strategy="STRICT_SPREAD", name="lpexp")
+        self.kind = kind if kind != "any" and _named() else None
+        bundle = {"GPU": gpus} | ({f"{ACCELERATOR}{self.kind}": 0.001} if self.kind else {})
+        self.group = placement_group([bundle] * nodes, strategy="STRICT_SPREAD")
         try:
             self._wait(wait_s, tell)
-            self.seats = self._look(kind)
+            self.seats = self._look()
         except BaseException:  # a stop too: what was asked for is not kept
             self.release()
             raise
@@ -47,40 +52,25 @@ class Reservation:
         start, told = time.monotonic(), 0.0
         while not self.group.wait(1):
             waited = time.monotonic() - start
+            lacks = shortage(self.nodes, self.gpus, self.kind)
             if waited >= wait_s:
                 way = "add nodes or free some, raise cluster.wait_s, or ask for less (model.parallel.nodes)"
-                raise RunError(f"cluster: after {waited:.0f} s {shortage(self.nodes, self.gpus)}; {way}")
+                raise RunError(f"cluster: after {waited:.0f} s {lacks}; {way}")
             if waited - told >= TELL_S or not told:
-                tell(f"waiting for the cluster: {shortage(self.nodes, self.gpus)} (up to {wait_s:.0f} s)")
+                tell(f"waiting for the cluster: {lacks} (up to {wait_s:.0f} s)")
                 told = waited
 
-    def _look(self, kind: str | None) -> list[Seat]:
+    def _look(self) -> list[Seat]:
         """Ask each node for its address and the GPUs of its bundle."""
         import ray
 
-        def here() -> tuple[str, str, list[str]]:
-            context = ray.get_runtime_context()
-            ids = context.get_accelerator_ids().get("GPU", [])
-            return context.get_node_id(), ray.util.get_node_ip_address(), sorted(map(str, ids), key=_number)
+        def here() -> tuple[str, list[str]]:
+            ids = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+            return ray.util.get_node_ip_address(), sorted(map(str, ids), key=_number)
 
         ask = ray.remote(num_cpus=0, num_gpus=self.gpus)(here)
         found = ray.get([ask.options(scheduling_strategy=self.strategy(node)).remote() for node in range(self.nodes)])
-        self._check_kind(kind, {node_id: address for node_id, address, _ in found})
-        return [Seat(node, gpu, address) for node, (_, address, gpus) in enumerate(found) for gpu in gpus]
-
-    def _check_kind(self, kind: str | None, ours: dict[str, str]) -> None:
-        """RunError where Ray knows a node's GPUs as others than the config says."""
-        import ray
-
-        if kind in (None, "any"):
-            return
-        for node in ray.nodes():
-            named = [key.removeprefix(ACCELERATOR) for key in node["Resources"] if key.startswith(ACCELERATOR)]
-            if node["NodeID"] in ours and named and kind not in named:
-                raise RunError(
-                    f"cluster.gpu: {kind}, but node {ours[node['NodeID']]} has {', '.join(named)}; type the cluster "
-                    "of the machines that are there (cluster=h100, h200, b200), or keep other nodes out of this cluster"
-                )
+        return [Seat(node, gpu, address) for node, (address, gpus) in enumerate(found) for gpu in gpus]
 
     def strategy(self, node: int) -> Any:
         """How Ray is told to put a worker on a node."""
@@ -94,19 +84,31 @@ class Reservation:
         remove_placement_group(self.group)
 
 
-def shortage(nodes: int, gpus: int) -> str:
+def shortage(nodes: int, gpus: int, kind: str | None) -> str:
     """What a connected Ray cluster lacks for a run, e.g. "2 of 4 nodes with 8 GPUs are there; missing 16 GPUs"."""
     import ray
 
-    alive = [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]
-    there = sum(count >= gpus for count in alive)
-    smaller = [count for count in alive if 0 < count < gpus]
-    if there < nodes:
-        text = f"{there} of {nodes} nodes with {gpus} GPUs are there; missing {(nodes - there) * gpus} GPUs"
-        return text + (f" ({len(smaller)} nodes have fewer, at most {max(smaller)})" if smaller else "")
-    free = int(ray.available_resources().get("GPU", 0))
-    told = f"other jobs hold some: {free} of {sum(alive)} are free"
-    return f"{nodes} of {nodes} nodes with {gpus} GPUs are there, but {told}"
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
+    ours = [int(have["GPU"]) for have in alive if kind is None or f"{ACCELERATOR}{kind}" in have]
+    there = sum(count >= gpus for count in ours)
+    what = f"{nodes} nodes with {gpus} {kind} GPUs" if kind else f"{nodes} nodes with {gpus} GPUs"
+    if there >= nodes:
+        free = int(ray.available_resources().get("GPU", 0))
+        return f"all {what} are there, but other jobs hold some: {free} of {sum(int(h['GPU']) for h in alive)} are free"
+    others = [f"{len(ours) - there} nodes with fewer"] if len(ours) > there else []
+    others += (
+        [f"{len(alive) - len(ours)} of another kind ({', '.join(_named() - {kind})})"] if len(alive) > len(ours) else []
+    )
+    beside = f" (and {' and '.join(others)})" if others else ""
+    return f"{there} of {what} are there{beside}; missing {(nodes - there) * gpus} GPUs"
+
+
+def _named() -> set[str]:
+    """The kinds of GPU that the cluster's nodes say they have; Ray finds them out itself."""
+    import ray
+
+    keys = [key for node in ray.nodes() if node["Alive"] for key in node["Resources"]]
+    return {key.removeprefix(ACCELERATOR) for key in keys if key.startswith(ACCELERATOR)}
 
 
 def span(numbers: Sequence[int]) -> str:

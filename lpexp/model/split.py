@@ -29,40 +29,52 @@ class Ways(NamedTuple):
     instead: Callable[[int], str]  # what to type for another count
 
 
+class Cut(NamedTuple):
+    """How matrices of one size are cut."""
+
+    ways: Ways
+    rows: bool  # else columns
+    size: int
+    piece: float
+    block: int
+
+
 def cuts(
     model: Model, precision: Precision, linears: Ways, experts: Ways, fused: bool, interleaved: bool = False
 ) -> Iterator[Mistake]:
-    """A Mistake for each kind of matrix whose shards are no whole blocks or groups.
+    """A Mistake for each size of matrix whose shards are no whole blocks or groups.
 
     `fused`: pieces lie in one matrix; `interleaved`: queries, keys and values head by head, as Megatron lays them.
     """
-    found: dict[str, Mistake] = {}
-    for param in model.params():
-        if not precision.covers(param, model.moe is not None) or param.name.endswith(WHOLE):
-            continue
-        ways = experts if param.kind in EXPERTS else linears
-        kind = patterns([param.name])
-        if kind in found or (ways.count == 1 and not fused):
-            continue
-        by_rows = param.kind in BY_ROWS
-        block = precision.block[0 if by_rows else 1]
+    covered = [p for p in model.params() if precision.covers(p, model.moe is not None) and not p.name.endswith(WHOLE)]
 
-        def shard(count: int, param: Param = param, by_rows: bool = by_rows) -> float:
-            if by_rows and param.kind == "attn_qkv" and model.mla is None:
-                heads = param.shape[0] // model.head_dim
-                return model.head_dim * (1 if interleaved and fused else max(heads / count, 1))
-            return param.shape[0 if by_rows else 1] / count
+    def piece(param: Param, count: int) -> float:
+        """Rows or columns of a shard that one block must not leave."""
+        if param.kind == "attn_qkv" and model.mla is None:
+            heads = param.shape[0] // model.head_dim
+            return model.head_dim * (1 if fused and interleaved else max(heads / count, 1))
+        return param.shape[_axis(param)] / count
 
-        if (ways.count == 1 and not by_rows) or not shard(ways.count) % block:
-            continue
-        fitting = [n for n in range(ways.count, 0, -1) if ways.count % n == 0 and not shard(n) % block]
-        found[kind] = _mistake(kind, param.shape[0 if by_rows else 1], by_rows, shard(ways.count), block, ways, fitting)
-    yield from found.values()
+    def whole(param: Param, count: int) -> bool:
+        uncut = count == 1 and not (fused and _axis(param) == 0)
+        return uncut or piece(param, count) % precision.block[_axis(param)] == 0
+
+    found: dict[Cut, list[str]] = {}
+    for param in covered:
+        ways, axis = experts if param.kind in EXPERTS else linears, _axis(param)
+        if not whole(param, ways.count):
+            cut = Cut(ways, axis == 0, param.shape[axis], piece(param, ways.count), precision.block[axis])
+            found.setdefault(cut, []).append(param.name)
+    for cut, names in found.items():
+        ways = cut.ways
+        alike = [param for param in covered if (experts if param.kind in EXPERTS else linears) is ways]
+        fewer = [n for n in range(ways.count - 1, 0, -1) if ways.count % n == 0]
+        fits = next((n for n in fewer if all(whole(param, n) for param in alike)), None)
+        way = "choose another precision or scope for it" if fits is None else f"use {ways.instead(fits)}"
+        what, unit = ("rows", "block") if cut.rows else ("columns", "block or group")
+        over = f"{cut.size} {what} of {patterns(names)} over {ways.because} are pieces of {cut.piece:g}"
+        yield Mistake(ways.key, f"{over}, which cut the {unit} of {cut.block}; {way}")
 
 
-def _mistake(kind: str, size: int, by_rows: bool, shard: float, block: int, ways: Ways, fitting: list[int]) -> Mistake:
-    what = "rows" if by_rows else "columns"
-    unit = f"the {'block' if by_rows else 'block or group'} of {block}" if block > 1 else "whole numbers"
-    way = f"use {ways.instead(fitting[0])}" if fitting else "choose another precision or scope for it"
-    over = f"{size} {what} of {kind} over {ways.because} are pieces of {shard:g}"
-    return Mistake(ways.key, f"{over}, which cut {unit}; {way}")
+def _axis(param: Param) -> int:
+    return 0 if param.kind in BY_ROWS else 1

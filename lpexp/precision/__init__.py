@@ -321,7 +321,7 @@ def _formats() -> list[type[Precision]]:
     """Every class beside this file that reads a served checkpoint."""
     found = []
     for module in pkgutil.iter_modules(__path__):
-        if module.name not in ("numeric", "wire", "e4m3", "cards", "fused", "targets"):  # no formats
+        if module.name not in ("numeric", "wire", "e4m3", "integers", "cards", "fused", "targets"):  # no formats
             members = vars(importlib.import_module(f"{__name__}.{module.name}")).values()
             found += [m for m in members if isinstance(m, type) and issubclass(m, Precision) and m.reads]
     return sorted(set(found), key=lambda kind: kind.reads)

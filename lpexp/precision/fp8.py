@@ -46,9 +46,7 @@ class Fp8(EightBitProducts):
     def quantize(self, weight: Tensor, name: str = "weight") -> Parts:
         from lpexp.precision import numeric
 
-        w = numeric.bf16(weight.detach())
-        numeric.check_finite(w, name)
-        codes, scale = numeric.quantize_tiles(w, self._pow2)
+        codes, scale = numeric.encode_tiles(weight, self._pow2, name)
         return {"weight": codes, "weight_scale_inv": scale}
 
     def dequantize(self, parts: Parts) -> Tensor:
@@ -128,7 +126,10 @@ class Fp8(EightBitProducts):
     def tally(self, weight: Tensor, parts: Parts) -> Tally:
         from lpexp.precision import numeric
 
-        codes, scale, least = parts["weight"], parts["weight_scale_inv"], numeric.least_e4m3(self._pow2)
+        codes, scale = parts["weight"], parts["weight_scale_inv"]
+        if numeric.has_loop(weight):
+            return numeric.tally_tiles(weight, codes, scale)
+        least = numeric.least_e4m3(self._pow2)
         return numeric.tally(weight, self.dequantize(parts), numeric.ends_e4m3(codes), scale, (128, 128), least)
 
 

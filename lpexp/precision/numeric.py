@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 
 from lpexp import kernels
 from lpexp.errors import NonFiniteWeightError, RunError
-from lpexp.precision import Tally, e4m3, native
+from lpexp.precision import Tally, e4m3, integers, native
 from lpexp.precision.e4m3 import BLOCK
 
 PAD_ROWS = 16  # a product of a multiple of 16 rows has the same bits in every row, however many rows there are
@@ -248,13 +248,28 @@ def quantize_columns(x: Tensor, floor: float, pow2: bool) -> tuple[Tensor, Tenso
 
 
 def quantize_tiles(w: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:
-    """A finite weight [N, K] in tiles of 128 x 128 -> e4m3 codes [N, K], scales [ceil(N / 128), ceil(K / 128)]."""
+    """A finite weight [N, K] in tiles of 128 x 128 -> e4m3 codes [N, K], scales [ceil(N / 128), ceil(K / 128)], in
+    plain torch."""
     rows, cols = w.shape
     padded = pad_to(w, BLOCK, BLOCK)
     tiles = padded.view(padded.shape[0] // BLOCK, BLOCK, -1, BLOCK)
     scale = scale_e4m3(tiles.abs().amax((1, 3)), FLOOR, pow2)
     codes = to_e4m3(tiles / scale[:, None, :, None]).view(padded.shape)[:rows, :cols].contiguous()
     return codes, scale
+
+
+def encode_tiles(weight: Tensor, pow2: bool, name: str) -> tuple[Tensor, Tensor]:
+    """`quantize_tiles` of a weight's 16-bit values; NonFiniteWeightError says `name`."""
+    w = weight.detach().to(torch.bfloat16).contiguous()
+    if w.is_cuda:
+        check_finite(w, name)
+        return quantize_tiles(w.float(), pow2)
+    codes = torch.empty(w.shape, dtype=torch.uint8)
+    scale = torch.empty([-(-size // BLOCK) for size in w.shape])
+    e4m3.quantize_tiles(w.view(torch.int16).numpy(), FLOOR, pow2, codes.numpy(), scale.numpy())
+    if not bool(torch.isfinite(scale).all()):
+        check_finite(w, name)
+    return codes.view(E4M3), scale
 
 
 def spread(scale: Tensor, size: int) -> Tensor:
@@ -290,7 +305,7 @@ def block_outer(q_y: Tensor, s_y: Tensor, q_x: Tensor, s_x: Tensor) -> Tensor:
 
 # -- integers in groups ---------------------------------------------------------------------------------------------
 def quantize_groups(w: Tensor, group: int, divisor: float, low: int, high: int) -> tuple[Tensor, Tensor]:
-    """A finite weight [N, K] in groups along K -> codes int8 [N, K], scales bf16 [N, K / group].
+    """A finite weight [N, K] in groups along K -> codes int8 [N, K], scales bf16 [N, K / group], in plain torch.
 
     The scale is rounded to bf16 before the codes are computed from it; codes are integers, so -0 does not exist.
     """
@@ -299,6 +314,28 @@ def quantize_groups(w: Tensor, group: int, divisor: float, low: int, high: int) 
     scale = (amax / torch.full_like(amax, divisor)).clamp(min=INT4_FLOOR).to(torch.bfloat16)
     codes = torch.round(groups / scale.to(torch.float32)[:, :, None]).clamp(low, high)
     return codes.to(torch.int8).view(w.shape), scale
+
+
+def encode_groups(
+    weight: Tensor, group: int, divisor: float, low: int, high: int, bits: int, name: str
+) -> tuple[Tensor, Tensor]:
+    """`quantize_groups` of a weight's 16-bit values, its codes as `pack` stores them; NonFiniteWeightError says `name`.
+
+    -> int32 [N, K * bits / 32], scales bf16 [N, K / group]
+    """
+    w = weight.detach().to(torch.bfloat16).contiguous()
+    if w.is_cuda:
+        check_finite(w, name)
+        codes, scale = quantize_groups(w.float(), group, divisor, low, high)
+        return pack(codes, bits), scale
+    packed = torch.empty(w.shape[0], w.shape[1] * bits // 8, dtype=torch.uint8)
+    scale = torch.empty(w.shape[0], w.shape[1] // group, dtype=torch.int16)
+    x = w.view(torch.int16).numpy()
+    integers.quantize_groups(x, divisor, INT4_FLOOR, low, high, bits, packed.numpy(), scale.numpy())
+    scale = scale.view(torch.bfloat16)
+    if not bool(torch.isfinite(scale).all()):
+        check_finite(w, name)
+    return packed.view(torch.int32), scale
 
 
 def dequantize_groups(codes: Tensor, scale: Tensor) -> Tensor:
@@ -347,6 +384,32 @@ def tally(
         amax = padded.view(padded.shape[0] // rows, rows, -1, cols).abs().amax((1, 3))
         zero = amax.numel() - int(amax.count_nonzero())
     return Tally(lost, total, ends.numel(), int(ends.count_nonzero()), scale.numel(), zero, low, high)
+
+
+def has_loop(weight: Tensor) -> bool:
+    """Is this a weight that `tally_tiles` and `tally_groups` take, which read it once?"""
+    return weight.dtype == torch.bfloat16 and not weight.is_cuda
+
+
+def tally_tiles(weight: Tensor, codes: Tensor, scale: Tensor) -> Tally:
+    """`tally` of a bf16 weight on a CPU and its tiles of 128 x 128."""
+    sums, x = torch.empty(4, dtype=torch.float64), weight.detach().contiguous().view(torch.int16)
+    e4m3.tally_tiles(x.numpy(), codes.view(torch.uint8).numpy(), scale.numpy(), sums.numpy())
+    return _tally(sums, codes.numel(), scale)
+
+
+def tally_groups(weight: Tensor, packed: Tensor, scale: Tensor, bits: int, low: int, high: int) -> Tally:
+    """`tally` of a bf16 weight on a CPU and its packed groups."""
+    sums, x = torch.empty(4, dtype=torch.float64), weight.detach().contiguous().view(torch.int16)
+    stored = packed.contiguous().view(torch.uint8).numpy(), scale.contiguous().view(torch.int16).numpy()
+    integers.tally_groups(x.numpy(), *stored, bits, low, high, sums.numpy())
+    return _tally(sums, weight.numel(), scale)
+
+
+def _tally(sums: Tensor, codes: int, scale: Tensor) -> Tally:
+    lost, total, ends, zero = sums.tolist()
+    low, high = (float(end) for end in torch.aminmax(scale.to(torch.float32)))
+    return Tally(lost, total, codes, int(ends), scale.numel(), int(zero), low, high)
 
 
 def _squares(x: Tensor) -> float:

@@ -70,12 +70,11 @@ class Packed(Scoped):
     def quantize(self, weight: Tensor, name: str = "weight") -> Parts:
         from lpexp.precision import numeric
 
-        w = numeric.bf16(weight.detach()).contiguous()
-        numeric.check_finite(w, name)
         if weight.shape[1] % self.group_size:
             raise RunError(f"{name}: group_size {self.group_size} does not divide its {weight.shape[1]} inputs")
-        codes, scale = numeric.quantize_groups(w, self.group_size, self.divisor, *self._range)
-        return {"weight_packed": numeric.pack(codes, self.bits), "weight_scale": scale} | self.fixed(tuple(w.shape))
+        grid = self.group_size, self.divisor, *self._range, self.bits
+        packed, scale = numeric.encode_groups(weight, *grid, name)
+        return {"weight_packed": packed, "weight_scale": scale} | self.fixed(tuple(weight.shape))
 
     def adopt(self, weight: Tensor, scale: Tensor, name: str = "weight") -> Parts:
         """The parts of a weight that lies on this grid already, with the scales [N, K / g] that somebody chose."""
@@ -134,8 +133,10 @@ class Packed(Scoped):
     def tally(self, weight: Tensor, parts: Parts) -> Tally:
         from lpexp.precision import numeric
 
-        codes, scale = self._unpack(parts)
         low, high = self._range
+        if numeric.has_loop(weight):
+            return numeric.tally_groups(weight, parts["weight_packed"], parts["weight_scale"], self.bits, low, high)
+        codes, scale = self._unpack(parts)
         served, ends = numeric.dequantize_groups(codes, scale), (codes <= low) | (codes >= high)
         return numeric.tally(weight, served, ends, scale, (1, self.group_size), numeric.LEAST_GROUP)
 

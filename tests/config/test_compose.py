@@ -236,8 +236,9 @@ def test_every_choice_of_a_small_group_is_valid(group: str) -> None:
             with pytest.raises(ConfigError, match=r"task\.path: is missing"):
                 frontend.experiment(*words)
         else:
-            chat = name == "reasoning_gym" or name.startswith("dapo_math")
-            frontend.experiment(*words, *(["model=smollm2_135m"] if chat else []))
+            with_template = {"reasoning_gym": ["model=smollm2_135m"]}
+            chat = ["experiment=qwen3_4b_fp8"] if name.startswith("dapo_math") else with_template.get(name, [])
+            frontend.experiment(*words, *chat)
 
 
 # -- the cards ------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import numba
 import pytest
 
 from lpexp import kernels
-from lpexp.precision import e4m3, numeric
+from lpexp.precision import e4m3, integers, numeric
 from lpexp.precision.fp8 import Fp8
 from lpexp.precision.int4 import Int4Qat
 from tests.golden import make
@@ -56,10 +58,32 @@ FP8_MUTATIONS = {
         "w[-1] = 0; padded = pad_to(w, BLOCK, BLOCK)",
     ),
 }
-KERNEL_MUTATIONS = {  # of the quantiser of activations and gradients on a CPU
+KERNEL_MUTATIONS = {  # of the loops that a CPU runs
     "multiplies by the reciprocal": ("y = x / scale", "y = x * (np.float32(1.0) / scale)"),
     "takes the power of two below": ("bits + np.int32(0x7FFFFF)", "bits + np.int32(0)"),
     "rounds away one bit more": ("np.float32(1.5 * 2**20)", "np.float32(1.5 * 2**21)"),
+    "multiplies weights by the reciprocal": (
+        "y = wide(row[i]) / scale",
+        "y = wide(row[i]) * (np.float32(1.0) / scale)",
+    ),
+    "loses the sign of a weight's zero": ("& np.int32(0x80)))", "& np.int32(0x80 if size else 0)))"),
+    "rounds a weight's ties up": ("np.int32(0x7FFFF) + odd", "np.int32(0x80000)"),
+    "does not know the smallest codes": ("size < np.int32(0x3C800000)", "size < np.int32(0)"),
+    "forgets the last row of a tile": (
+        "top = np.int32(0)\n            for r in range(first, last)",
+        "top = np.int32(0)\n            for r in range(first, max(last - 1, first + 1))",
+    ),
+}
+PACKING_MUTATIONS = {
+    "multiplies by the reciprocal": ("y = wide(group[i]) / scale", "y = wide(group[i]) * (np.float32(1.0) / scale)"),
+    "computes codes from a scale of more bits than it stores": ("scale = np.int32(stored).view(np.float32)", "pass"),
+    "does not clamp": ("y = high if y > high else y", "pass"),
+    "packs the first element highest": (
+        "codes[2 * i] | (codes[2 * i + 1] << 4)",
+        "codes[2 * i + 1] | (codes[2 * i] << 4)",
+    ),
+    "has no floor": ("scale = floor if scale < floor else scale", "pass"),
+    "rounds a scale down": ("bits + np.int32(0x7FFF) + odd", "bits"),
 }
 INT4_MUTATIONS = {
     "multiplies by the reciprocal": (
@@ -99,9 +123,26 @@ def test_golden_vectors_notice_an_eight_bit_quantiser_that(mistake: str):
 
 @pytest.mark.parametrize("mistake", KERNEL_MUTATIONS)
 def test_golden_vectors_notice_a_kernel_that(mistake: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(kernels, "compiled", lambda *types: numba.njit(numba.void(*types), error_model="numpy"))
+    monkeypatch.setattr(kernels, "compiled", compiled)
     monkeypatch.setattr(numeric, "e4m3", mutated(*KERNEL_MUTATIONS[mistake], of=e4m3))
     assert vectors.differing_fp8(numeric) != []
+
+
+@pytest.mark.parametrize("mistake", PACKING_MUTATIONS)
+def test_golden_vectors_notice_a_packing_kernel_that(mistake: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kernels, "compiled", compiled)
+    monkeypatch.setattr(numeric, "integers", mutated(*PACKING_MUTATIONS[mistake], of=integers))
+    assert vectors.differing_int4(numeric) != []
+
+
+def compiled(*types: Any) -> Any:
+    """As kernels.compiled, but on the first call, and kept nowhere."""
+
+    def later(function: Callable[..., None]) -> Callable[..., None]:
+        made = functools.cache(lambda: numba.njit(numba.void(*types), error_model="numpy")(function))
+        return lambda *arguments: made()(*arguments)
+
+    return later
 
 
 @pytest.mark.parametrize("mistake", INT4_MUTATIONS)

@@ -8,14 +8,17 @@ import torch
 from torch import Tensor
 
 from lpexp.errors import NonFiniteWeightError, RunError
-from lpexp.precision import numeric
+from lpexp.precision import Precision, numeric
 from lpexp.precision.bf16 import Bf16
 from lpexp.precision.fp8 import Fp8
 from lpexp.precision.int4 import Int4Qat
+from lpexp.precision.int8 import W8A16
+from lpexp.precision.packed import Packed
 from tests.precision import oracle
 from tests.precision.vectors import bits
 
 FP32, POW2 = Fp8(name="fp8"), Fp8(name="fp8", scale_format="pow2")
+BYTES = [W8A16(name="w8a16", group_size=32, divisor=d) for d in (127.0, 127.5)]
 GRIDS = [Int4Qat(name="int4_qat", group_size=g, divisor=d) for g in (32, 64, 128) for d in (7.0, 7.5)]
 
 
@@ -105,6 +108,42 @@ def test_the_kernels_write_the_codes_and_scales_of_the_plain_definition(pow2: bo
             same = found.reshape(-1), expected.reshape(-1)
             assert np.array_equal(*(t.numpy() for t in same), equal_nan=True)
             assert torch.equal(*(torch.signbit(t[~t.isnan()]) for t in same))
+
+
+def wild_weight(*shape: int) -> Tensor:
+    """bf16 values of every size down to the least, with zeros, -0 and whole rows and columns of zeros."""
+    x = random_weight(*shape, kind="mixture") * torch.exp2(torch.linspace(-140, 60, shape[0]))[:, None]
+    x[:, 1::7], x[shape[0] // 2], x[-1], x[:, -140:-10] = -0.0, 0.0, 1e-40, 0.0
+    return x.to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("shape", [(300, 512), (130, 200), (1, 300), (257, 127)], ids=str)
+@pytest.mark.parametrize("pow2", [False, True])
+def test_stored_tiles_are_those_of_the_plain_definition(pow2: bool, shape: tuple[int, int]):
+    """Which GPUs run."""
+    w = wild_weight(*shape)
+    found, expected = numeric.encode_tiles(w, pow2, "w"), numeric.quantize_tiles(w.float(), pow2)
+    assert all(np.array_equal(bits(one), bits(other)) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("precision", [*GRIDS, *BYTES], ids=lambda p: f"{p.bits}-g{p.group_size}-{p.divisor:g}")
+def test_stored_groups_are_those_of_the_plain_definition(precision: Packed):
+    w, grid = wild_weight(130, 512), (precision.group_size, precision.divisor, *precision.ranges[precision.divisor])
+    codes, scale = numeric.quantize_groups(w.float(), *grid)
+    packed, stored = numeric.encode_groups(w, *grid, precision.bits, "w")
+    assert torch.equal(packed, numeric.pack(codes, precision.bits)) and np.array_equal(bits(stored), bits(scale))
+
+
+@pytest.mark.parametrize("precision", [FP32, POW2, *GRIDS, *BYTES], ids=lambda p: p.format()["identity"][:24])
+def test_a_tally_of_16_bit_weights_is_that_of_their_float32_values(precision: Precision):
+    """A loop reads the first, plain torch the second."""
+    tiny = torch.full((130, 512), 1e-30)
+    for w in (wild_weight(130, 512), random_weight(130, 512), tiny):
+        parts = precision.quantize(w)
+        found, expected = (precision.tally(one, parts) for one in (w.to(torch.bfloat16), w.to(torch.bfloat16).float()))
+        assert found.row() == pytest.approx(expected.row(), rel=1e-5)
+        assert found.row()[2:] == expected.row()[2:]
+    assert found.lost == found.total > 0 and found.zero_blocks == 0  # squares that float32 cannot hold
 
 
 def test_the_16_bit_weight_is_quantised_and_not_the_master():

@@ -65,11 +65,14 @@ def differing_fp8(numeric: ModuleType) -> list[str]:
                 continue
             x = from_bf16_bits(case["x_bits"])
             codes, scales = numeric.quantize_tiles(x, pow2)
+            stored, stored_scales = numeric.encode_tiles(x, pow2, name)
             row_codes, row_scales = numeric.quantize_rows(x, numeric.FLOOR, pow2)
             values = torch.from_numpy(case[f"{mode}/row_codes"]).view(torch.float8_e4m3fn).float()
             right = {
                 "tile codes": np.array_equal(bits(codes), case[f"{mode}/tile_codes"]),
                 "tile scales": np.array_equal(bits(scales), case[f"{mode}/tile_scale_bits"]),
+                "stored codes": np.array_equal(bits(stored), case[f"{mode}/tile_codes"]),
+                "stored scales": np.array_equal(bits(stored_scales), case[f"{mode}/tile_scale_bits"]),
                 "row codes": torch.equal(row_codes, values),
                 "row scales": np.array_equal(bits(row_scales), case[f"{mode}/row_scale_bits"]),
             }
@@ -86,12 +89,16 @@ def differing_int4(numeric: ModuleType) -> list[str]:
     wrong = []
     for file, grid in GRIDS.items():
         for name, case in cases(file).items():
-            codes, scale = numeric.quantize_groups(from_bf16_bits(case["x_bits"]), *grid)
+            x = from_bf16_bits(case["x_bits"])
+            codes, scale = numeric.quantize_groups(x, *grid)
+            stored, stored_scale = numeric.encode_groups(x, *grid, 4, name)
             packed = numeric.pack(codes, 4)
             served = numeric.dequantize_groups(numeric.unpack(packed, 4), scale)
             right = {
                 "packed": np.array_equal(bits(packed), case["packed"].view(np.uint32)),
                 "scales": scale.dtype == torch.bfloat16 and np.array_equal(bits(scale), case["scale_bits"]),
+                "stored words": np.array_equal(bits(stored), case["packed"].view(np.uint32)),
+                "stored scales": np.array_equal(bits(stored_scale), case["scale_bits"]),
                 "trained values": same_values(numeric.dequantize_groups(codes, scale), case["decoded_bits"]),
                 "served values": same_values(served, case["decoded_bits"]),
             }

@@ -84,8 +84,8 @@ def _batch(spec: MegatronTrainerSpec, exp: Experiment) -> Iterator[Mistake]:
         step = copies // math.gcd(copies, exp.algorithm.samples_per_prompt) * updates
         yield Mistake(
             "task.prompts_per_step",
-            f"{prompts} prompts x {exp.algorithm.samples_per_prompt} samples / {updates} optimiser steps are {samples} "
-            f"samples a step, which {copies} data-parallel copies cannot share equally; use a multiple of {step}",
+            f"{prompts} prompts x {exp.algorithm.samples_per_prompt} samples / {updates} updates are {samples} "
+            f"samples an update, which {copies} data-parallel copies cannot share equally; use a multiple of {step}",
         )
 
 
@@ -103,12 +103,13 @@ def _choices(spec: MegatronTrainerSpec, exp: Experiment) -> Iterator[Mistake]:
     if exp.precision.gathered and spec.optimizer_offload:
         yield Mistake(
             "precision.param_gather",
-            "true, but trainer.optimizer_offload is too: Adam on the CPU writes bf16 weights, never gathered codes; "
+            "true, but trainer.optimizer_offload is too: Megatron-core's Adam on the CPU cannot write parameters that "
+            "are block-scaled codes; "
             "use precision.param_gather=false or trainer.optimizer_offload=false",
         )
     if spec.attention == "flash" and model.mla:
-        why = f"flash, but {model.name} has latent attention, whose head sizes that kernel does not take"
-        yield Mistake("trainer.attention", f"{why}; use auto")
+        why = "whose queries are longer than its values, which flash kernels do not all take"
+        yield Mistake("trainer.attention", f"flash, but {model.name} has latent attention, {why}; use auto")
     if spec.dispatcher == "deepep" and spec.ep == 1:
         yield Mistake("trainer.dispatcher", "deepep, but trainer.ep 1 sends no token anywhere; use alltoall")
 
