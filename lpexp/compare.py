@@ -16,6 +16,7 @@ from typing import Any
 from lpexp import checkpoint, journal
 from lpexp.errors import ConfigError
 from lpexp.metric import is_volatile
+from lpexp.trainer.megatron.stored import FOLDER, difference
 
 MAIN = (
     "reward/mean",
@@ -105,9 +106,12 @@ def _compare_weights(a: Path, b: Path) -> tuple[int, str | None]:
     for name in sorted({*left, *right}):
         if left.get(name) != right.get(name):
             return 0, f"checkpoint {names[0]}, {name}: A {left.get(name, 'absent')}, B {right.get(name, 'absent')}"
-    if not left:
+    folders = [directory / FOLDER for directory, _ in found]  # type: ignore[misc]
+    if not left and not folders[0].exists():
         raise ConfigError(f"checkpoint {names[0]} of {a} holds no safetensors file")
-    return len(left), None
+    if folders[0].exists() and (differs := difference(*folders)):
+        return len(left), f"checkpoint {names[0]}, {FOLDER}: {differs}"
+    return len(left) + folders[0].exists(), None
 
 
 def _side_by_side(a: Path, b: Path, left: dict[int, dict[str, Any]], right: dict[int, dict[str, Any]]) -> int:

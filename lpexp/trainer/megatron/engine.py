@@ -46,6 +46,10 @@ def packed_params(ends: np.ndarray, device: torch.device) -> PackedSeqParams:
 def fields(exp: Experiment, spec: MegatronTrainerSpec) -> dict[str, Any]:
     """What TransformerConfig says on a GPU beyond what it says anywhere."""
     precision, model = exp.precision, exp.model.sized()
+    if model.moe and model.moe.scoring == "sigmoid" and not model.moe.norm_topk:
+        raise RunError(
+            f"{model.name}: megatron-core's router always norms sigmoid shares, model.moe.norm_topk is false"
+        )
     words = precision.megatron()
     if words:
         covered = {param.kind for param in model.params() if precision.covers(param, model.moe is not None)}

@@ -75,10 +75,11 @@ class MegatronRank:
 
     # -- set up ------------------------------------------------------------------------------------
     def _join(self, meet: str) -> None:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        backend = "gloo" if cpu.needed() else "nccl"
-        if not cpu.needed():
+        if cpu.needed():
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        else:
             torch.cuda.set_device(self.rank % torch.cuda.device_count())
+        backend = "gloo" if cpu.needed() else "nccl"
         torch.distributed.init_process_group(
             backend, init_method=f"file://{meet}", rank=self.rank, world_size=self.ranks
         )
@@ -94,8 +95,8 @@ class MegatronRank:
             )
             tensor_parallel.model_parallel_cuda_manual_seed(self.exp.seed)
         self.data = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        self.last_stage = parallel_state.is_pipeline_last_stage()
-        self.tells = self.last_stage and parallel_state.get_tensor_model_parallel_rank() == 0
+        split = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_context_parallel_rank()
+        self.tells = split == (0, 0) and parallel_state.is_pipeline_last_stage()  # the one of its copy that reports
 
     def _build(self) -> None:
         spec = self.spec
@@ -328,7 +329,8 @@ class MegatronRank:
     def gathered(self, tensors: dict[str, Tensor], params: Iterable[Param]) -> Iterator[tuple[Param, Tensor]]:
         """On the first rank: whole tensors of these as float32 values of the 16-bit model. All ranks call it."""
         params = list(params)
-        whole = {param.name: torch.empty(param.shape) for param in params} if self.rank == 0 else {}
+        mine = params if self.rank == 0 else []
+        whole = {param.name: torch.empty(param.shape, device=self.device) for param in mine}
         parts: dict[int, list[tuple[str, Piece, int]]] = {}  # giver: its tensor, the piece, elements
         for param in params:
             for giver, local, piece in self.owners[param.name]:
@@ -348,7 +350,7 @@ class MegatronRank:
                     rows = whole[piece.name][slice(*piece.rows)]
                     target = rows if piece.cols is None else rows[:, slice(*piece.cols)]
                     target.copy_(given.view(target.shape))
-        for param in params if self.rank == 0 else ():
+        for param in mine:
             yield param, whole.pop(param.name)
 
     def exported(self) -> dict[str, Tensor]:

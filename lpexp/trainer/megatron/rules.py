@@ -48,6 +48,8 @@ def _sizes(spec: MegatronTrainerSpec, exp: Experiment) -> Iterator[Mistake]:
         yield Mistake("trainer.tp", f"{spec.tp} does not divide {heads} heads; use one of {divisors(heads)}")
     elif model.mla is None and keys % spec.tp and spec.tp % keys:
         yield Mistake("trainer.tp", f"{spec.tp} neither divides {keys} heads of keys nor is a multiple of them")
+    if model.vocab_size % spec.tp:
+        yield Mistake("trainer.tp", f"{spec.tp} does not divide the {model.vocab_size} tokens of the vocabulary")
     if model.moe is None:
         for key, value in (("ep", spec.ep), ("etp", spec.etp)):
             if value > 1:

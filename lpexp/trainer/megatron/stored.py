@@ -29,19 +29,13 @@ class Masters:
     """What lies in a checkpoint's folder `torch_dist`."""
 
     def __init__(self, directory: Path, model: Model):
-        from torch.distributed.checkpoint import FileSystemReader
-        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
         self.directory, self.params = directory, {param.name: param for param in model.params()}
-        found = FileSystemReader(directory).read_metadata()
-        self.keys = {key for key, told in found.state_dict_metadata.items() if isinstance(told, TensorStorageMetadata)}
         self.files: dict[str, list[tuple[tuple[int, ...], Any]]] = {}
-        for index, place in (found.storage_data or {}).items():
-            if index.offset is not None:
-                self.files.setdefault(index.fqn, []).append((tuple(index.offset), place))
+        for (key, offset), place in _places(directory).items():
+            self.files.setdefault(key, []).append((offset, place))
         table = Table(model, Place())  # of one rank, which holds everything
         self.places: dict[str, list[tuple[str, tuple[int, ...], Piece]]] = {}
-        for key in self.keys:
+        for key in self.files:
             if key.startswith(("decoder.", "embedding.", "output_layer.")) and "_extra_state" not in key:
                 for at, local in self._locals(key, model):
                     for piece in table.pieces(local):
@@ -67,13 +61,13 @@ class Masters:
 
         whole = torch.full(self.params[name].shape, float("nan"))
         for key, at, piece in self.places[name]:
-            stored = MASTERS + key if MASTERS + key in self.keys else key
+            stored = MASTERS + key if MASTERS + key in self.files else key
             rows = piece.rows[1] - piece.rows[0]
             for offset, place in self.files[stored]:
                 lead, (first, *rest) = offset[: len(at)], offset[len(at) :]
                 if lead != at or first >= piece.at + rows:
                     continue
-                shard = self._read(place).flatten(0, len(at)) if at else self._read(place)
+                shard = _read(self.directory, place).flatten(0, len(at)) if at else _read(self.directory, place)
                 low, high = max(first, piece.at), min(first + len(shard), piece.at + rows)
                 if low < high:
                     to = piece.rows[0] + low - piece.at
@@ -83,9 +77,34 @@ class Masters:
             raise RunError(f"{self.directory}: {name} is not all there, or not finite")
         return whole
 
-    def _read(self, place: Any) -> Tensor:
-        import torch
 
-        with (self.directory / place.relative_path).open("rb") as file:
-            file.seek(place.offset)
-            return torch.load(io.BytesIO(file.read(place.length)), map_location="cpu", weights_only=True)
+def difference(a: Path, b: Path) -> str | None:
+    """The first tensor that two folders, written by the same layout, do not share to the bit."""
+    import torch
+
+    left, right = _places(a), _places(b)
+    if left.keys() != right.keys():
+        return f"{min(left.keys() ^ right.keys())[0]} is not stored alike; another layout wrote one of them"
+    for key, offset in sorted(left):
+        one, other = (_read(folder, places[key, offset]) for folder, places in ((a, left), (b, right)))
+        if one.dtype != other.dtype or not torch.equal(
+            *(t.contiguous().view(-1).view(torch.uint8) for t in (one, other))
+        ):
+            return f"{key} differs"
+    return None
+
+
+def _places(directory: Path) -> dict[tuple[str, tuple[int, ...]], Any]:
+    """{(key, offset of the shard in the whole): where it lies} of every stored tensor."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    found = FileSystemReader(directory).read_metadata().storage_data or {}
+    return {(index.fqn, tuple(index.offset)): place for index, place in found.items() if index.offset is not None}
+
+
+def _read(directory: Path, place: Any) -> Tensor:
+    import torch
+
+    with (directory / place.relative_path).open("rb") as file:
+        file.seek(place.offset)
+        return torch.load(io.BytesIO(file.read(place.length)), map_location="cpu", weights_only=True)
