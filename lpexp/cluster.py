@@ -394,6 +394,7 @@ def _open_ray(cluster: Cluster) -> None:
 def _join_ray(address: str) -> Any:
     """Connect to a Ray cluster; where workers without GPUs go: the driver's node, or the head of a ray:// address."""
     import ray
+    from ray.exceptions import RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     place = address.removeprefix("ray://")
@@ -407,7 +408,7 @@ def _join_ray(address: str) -> Any:
     logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:  # none, another Ray, the wrong token
+    except (ConnectionError, RuntimeError, RayError) as error:  # none, another Ray, the wrong token
         raise ConfigError([Mistake("cluster.address", f"{address}: {_first_line(error)}; {way}")]) from None
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
