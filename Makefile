@@ -9,12 +9,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 TODAY := $(shell date -u +%F)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Kept outside of the clone under the hash of its lock, where rollout.python=null finds it.
+SGLANG_ENV := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/lpexp/envs/sglang-$(shell sha256sum requirements-sglang.lock | cut -c 1-12)
 
 # One OpenMP thread a process: processes that each spin two threads on two cores are many times slower.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-gpu check format evidence benchmark clean
+.PHONY: help demo test test-gpu test-sglang sglang-env check format evidence benchmark clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +29,12 @@ test: $(VENV)/.installed-extras ## the main tests, at most 15 minutes on two cor
 
 test-gpu: $(VENV)/.installed ## the tests that need a CUDA card; fails where there is none
 	$(BIN)/python -m pytest -m gpu
+
+test-sglang: $(VENV)/.installed-extras $(SGLANG_ENV)/.installed ## the tests that drive a real SGLang server on this machine's cores
+	$(BIN)/python -m pytest -m sglang
+
+sglang-env: $(SGLANG_ENV)/.installed ## SGLang's own environment: 11 GB in the cache, built once a lock
+	@echo $(SGLANG_ENV)/bin/python
 
 check: $(VENV)/.installed-extras ## ruff, pyright, and the layers
 	$(BIN)/ruff check
@@ -54,6 +62,12 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet -r requirements.lock
 	$(PIP) install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+$(SGLANG_ENV)/.installed:
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check install --quiet -r requirements-sglang.lock
 	touch $@
 
 $(VENV)/.installed-extras: $(VENV)/.installed requirements-extras.lock
