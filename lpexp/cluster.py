@@ -132,6 +132,8 @@ class _InlineHandle:
             return _Done(None, error)
 
     def stop(self) -> None:
+        if close := getattr(self._held, "close", None):  # an actor's process ends, and with it what it started
+            close()
         self._held = None
 
 

@@ -6,7 +6,7 @@ No torch here: the driver and the judge of configs import this module.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -95,8 +95,7 @@ class Batch:
 
     def rows(self, start: int, stop: int) -> Batch:
         """The samples start..stop as a Batch of the same T (views, no copy)."""
-        cut = {name: value[start:stop] for name, value in vars(self).items() if isinstance(value, np.ndarray)}
-        return Batch(**{**vars(self), **cut})
+        return replace(self, **{k: v[start:stop] for k, v in vars(self).items() if isinstance(v, np.ndarray)})
 
 
 @dataclass(frozen=True)
@@ -131,6 +130,7 @@ class SyncReport:
     checksums_held: tuple[str, ...]  # one an engine, recomputed from what it serves
     quantized_param_frac: float
     quant: dict[str, dict[str, float]]  # module class -> rel_error, sqnr_db, saturated_frac, ...
+    canary: float | None = None  # largest mean |lp_trainer - lp_engine| of the canary's tokens, where one is scored
 
 
 Metrics = dict[str, Any]

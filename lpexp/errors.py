@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Mistake(NamedTuple):
@@ -40,6 +40,17 @@ class ConfigError(Exception):
 
 class RunError(Exception):
     """A run failed for a reason that we can name (a dead trainer rank, a failed check); exit code 1."""
+
+
+class EngineLost(RunError):
+    """A rollout engine died, hangs or answers garbage. `finished`: the groups that it had completed by then."""
+
+    def __init__(self, reason: str, finished: Iterable[Any] = ()):
+        super().__init__(reason)
+        self.reason, self.finished = reason, list(finished)
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.reason, self.finished)
 
 
 class NonFiniteWeightError(RunError):

@@ -163,6 +163,13 @@ METRICS: tuple[Metric, ...] = (
     Metric("sync/quantized_param_frac", "parameters sent quantised / all", "1", "F", "How much the format covers."),
     Metric("sync/checksum_ok", "1 iff sent and held digests agree", "1", "-", "Recomputed on each engine; 0 stops."),
     Metric(
+        "sync/canary_abs_diff_mean",
+        "mean |lp_trainer - lp_engine| of fixed tokens",
+        "nat",
+        "X",
+        "Scored by each engine after an update; over its limit stops.",
+    ),
+    Metric(
         "sync/contract_ok", "1 iff both sides' contracts hash alike", "1", "-", "Compared at the start; unequal stops."
     ),
     Metric("quant/<class>/rel_error", "|W - dq(W)| / |W|", "1", "-", "Over all tensors of a module class."),

@@ -30,6 +30,8 @@ def sync_metrics(report: SyncReport, previous: int | None = None) -> Metrics:
         "sync/quantized_param_frac": report.quantized_param_frac,
         "sync/checksum_ok": 1,
     }
+    if report.canary is not None:
+        found["sync/canary_abs_diff_mean"] = report.canary
     found |= {f"sync/{part}_seconds": report.seconds[part] for part in PARTS if part in report.seconds}
     for kind, values in report.quant.items():
         lossless = values.get("rel_error") == 0  # sqnr_db would be infinite

@@ -104,6 +104,19 @@ class Tally:
         return found
 
 
+@dataclass(frozen=True)
+class Serving:
+    """What an SGLang server is told, and must report, to serve a precision."""
+
+    dtype: str  # of everything unquantised and of the activations
+    quantization: str | None  # the server's word for the format; None: nothing is quantised
+    decoded: bool  # its checksums are of the bf16 values of quantised weights, not of a kernel's own layout
+    no_cpu: str | None  # why its CPU kernels cannot; None: they can
+
+
+KV_CACHES = ("auto", "bfloat16", "fp8_e4m3", "fp8_e5m2")  # what SGLang may keep keys and values in
+
+
 class Precision(Spec):
     """One number format and its arithmetic. `name` is the word in conf/precision/."""
 
@@ -116,6 +129,10 @@ class Precision(Spec):
     rows: ClassVar[int | None] = (
         None  # so many rows are quantised alone to the bytes of the whole; None: only the whole
     )
+    # Nat a token, that log-probabilities may move by: other kernels of the same format, and the format itself where
+    # the other side does not round. Bounds for a canary, not bands of an experiment.
+    noise: ClassVar[float] = 0.05
+    shift: ClassVar[float] = 0.05
     reads: ClassVar[str] = ""  # the kind of `quantization_config` that `read_hf` understands
 
     # -- what is quantised -----------------------------------------------------------------------------------------
@@ -204,6 +221,14 @@ class Precision(Spec):
     def read_hf(cls, config: dict[str, Any], params: list[Param], moe: bool) -> Precision | None:
         """The precision that `hf` wrote this `quantization_config` for; None when it is not this class's."""
         return None
+
+    def sglang(self) -> Serving:
+        """How an SGLang server serves this."""
+        told = self.hf((), False)
+        word = None if told is None else told["quant_method"]
+        why = f"SGLang's kernels for {self.name} need a GPU (on a CPU: a build of its own, and AMX)"
+        decoded = told is not None and "weight_block_size" in told
+        return Serving(self.plain.carries, word, decoded, None if told is None else why)
 
     def environment(self) -> dict[str, str]:
         """Variables that a production trainer reads and that change numerics; refused from the shell."""

@@ -20,6 +20,8 @@ class Bf16(Precision):
     """The 16-bit model: what every quantiser starts from, and the plain precision beside each of them."""
 
     rows: ClassVar[int | None] = 1
+    noise: ClassVar[float] = 0.01
+    shift: ClassVar[float] = 0.0
 
     def covers(self, param: Param, moe: bool) -> bool:
         return False

@@ -16,6 +16,8 @@ class Fp32(Precision):
     """Weights, activations and gradients in float32."""
 
     carries: ClassVar = "float32"
+    noise: ClassVar[float] = 1e-4
+    shift: ClassVar[float] = 0.0
     rows: ClassVar[int | None] = 1
 
     def covers(self, param: Param, moe: bool) -> bool:

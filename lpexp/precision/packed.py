@@ -28,6 +28,8 @@ class Packed(Scoped):
     ABSTRACT: ClassVar[bool] = True
     auto: ClassVar[str] = "auto"
     rows: ClassVar[int | None] = 1
+    noise: ClassVar[float] = 0.01
+    shift: ClassVar[float] = 0.1
     bits: ClassVar[int]
     ranges: ClassVar[dict[float, tuple[int, int]]]  # divisor -> least and largest code
     word: ClassVar[str]  # the format's, in its identity string

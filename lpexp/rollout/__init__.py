@@ -13,6 +13,8 @@ from lpexp.errors import Mistake
 from lpexp.precision import Precision
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from lpexp.cluster import Workers
     from lpexp.experiment import Experiment
 
@@ -41,14 +43,24 @@ class Loading(Protocol):
         """Wait: each engine's checksum of what it holds, and seconds spent."""
         ...
 
+    def gap(self, canary_T: np.ndarray) -> float:
+        """The largest mean |difference| between the trainer's log-probabilities of the canary and an engine's;
+        RunError above the limit."""
+        ...
+
 
 class Rollout(Protocol):
+    canary: Sequence[Sequence[int]]  # token sequences that engines score after every load; empty: checksums say all
+
     def contract(self) -> dict[str, str]:
         """{tensor: quantiser} of what the engines expect to be given."""
         ...
 
-    def load(self, shards: Any, version: int) -> Loading:
-        """Serve these weights from now on; what is sampled after this call is sampled by them."""
+    def load(self, shards: Sequence[Any], version: int) -> Loading:
+        """Serve these weights from now on; what is sampled after this call is sampled by them.
+
+        Each shard holds whole tensors; together they are the model.
+        """
         ...
 
     def open(self, directory: str) -> SyncReport:

@@ -1,8 +1,7 @@
 """The embedded rollout: engines that serve the decoder from what came over the wire.
 
 An engine prefills each prompt once for its whole group, keeps keys and values in slots, decodes all occupied slots
-together and refills a slot as soon as its sample ends (continuous batching). The dispatcher spreads groups over
-engines and heals: a dead engine is replaced, given the current weights and the prompts it owed.
+together and refills a slot as soon as its sample ends (continuous batching).
 Results do not depend on the number of engines or slots (sampling.py, model/decoder.py).
 """
 
@@ -16,21 +15,19 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from pydantic import Field
 
-from lpexp.data import Group, Prompt, Sample, SyncReport
-from lpexp.errors import RunError
-from lpexp.precision import digest
+from lpexp.data import Group, Prompt, Sample
 from lpexp.rollout import RolloutSpec, Sampling
+from lpexp.rollout.dispatch import Dispatcher, stored_parts
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lpexp.cluster import Future, Handle, Workers
+    from lpexp.cluster import Handle, Workers
     from lpexp.experiment import Experiment
     from lpexp.precision import Parts
     from lpexp.precision.wire import Frozen
 
-
-HEAL_ATTEMPTS = 3
+    Shard = dict[str, dict[str, Frozen]] | str  # {tensor: its parts}, or a directory
 
 
 class EmbeddedRolloutSpec(RolloutSpec):
@@ -78,19 +75,21 @@ class EmbeddedEngine:
         precision = self.exp.wire if directory is None else precision_of(directory, self.model)
         return precision.contract(self.model.params(), self.model.moe is not None)
 
-    def load(self, shards: dict[str, dict[str, Frozen]] | str, version: int) -> tuple[str, float]:
+    def load(self, shard: Shard, version: int, *more: Shard) -> tuple[str, dict[str, float], None]:
         """Serve these parts, or those of a directory, from now on; the checksum of what is held, and seconds."""
         from lpexp.model.decoder import ServedWeights
         from lpexp.precision.wire import checksum, thaw
 
         start = time.perf_counter()
-        if isinstance(shards, str):
-            held = {name: self._placed(parts) for name, parts in stored_parts(shards).items()}
-        else:
-            held = {name: thaw(tensors, self.device) for name, tensors in shards.items()}
+        held: dict[str, Parts] = {}
+        for one in (shard, *more):
+            if isinstance(one, str):
+                held |= {name: self._placed(parts) for name, parts in stored_parts(one).items()}
+            else:
+                held |= {name: thaw(tensors, self.device) for name, tensors in one.items()}
         self.weights = ServedWeights(self.model, self.exp.wire, held)
         self.version = version
-        return checksum(held), time.perf_counter() - start
+        return checksum(held), {"load": time.perf_counter() - start}, None
 
     def _placed(self, parts: Parts) -> Parts:
         return {suffix: part.to(self.device) for suffix, part in parts.items()}
@@ -102,13 +101,6 @@ class EmbeddedEngine:
         begin = time.perf_counter()
         with torch.inference_mode():
             return Generation(self, prompts, sampling, step).run(), time.perf_counter() - begin
-
-
-def stored_parts(directory: str) -> dict[str, Parts]:
-    """What a served directory holds: {tensor: parts}, as its quantiser left them."""
-    from lpexp.model import hf
-
-    return hf.load(directory)[2]
 
 
 @dataclass
@@ -274,17 +266,14 @@ class Prefilled(NamedTuple):
     routes: list[np.ndarray]
 
 
-class EmbeddedRollout:
-    """The dispatcher: splits prompts over the engines, waits, and replaces an engine that died."""
+class EmbeddedRollout(Dispatcher):
+    """The dispatcher over embedded engines."""
 
     def __init__(self, exp: Experiment, spec: EmbeddedRolloutSpec, workers: Workers):
-        self.exp, self.spec, self.workers = exp, spec, workers
-        count = 1 if exp.cluster.kind == "inline" else spec.engines
-        self.engines = [self._spawn(i) for i in range(count)]
-        self.shards: Any = None
-        self.version = -1
+        self.spec = spec
+        super().__init__(exp, workers, 1 if exp.cluster.kind == "inline" else spec.engines)
 
-    def _spawn(self, index: int) -> Handle:
+    def spawn(self, index: int) -> Handle:
         spec, cluster = self.spec, self.exp.cluster
         return self.workers.spawn(
             f"engine-{index}",
@@ -296,94 +285,3 @@ class EmbeddedRollout:
             index,
             env=spec.environment(self.exp),
         )
-
-    def contract(self) -> dict[str, str]:
-        contracts = [future.result() for future in [engine.call("contract") for engine in self.engines]]
-        for other in contracts[1:]:
-            if other != contracts[0]:
-                raise RunError(f"engines disagree on their contract: {digest(contracts[0])} and {digest(other)}")
-        return contracts[0]
-
-    def load(self, shards: Any, version: int) -> EmbeddedLoading:
-        self.shards, self.version = shards, version
-        return EmbeddedLoading(self, ("load", shards, version))
-
-    def open(self, directory: str) -> SyncReport:
-        """Every engine reads the directory by itself; what they hold is compared with what lies on disk."""
-        from lpexp.precision.wire import checksum, quantized_share
-
-        begin, model = time.perf_counter(), self.exp.model.sized()
-        parts = stored_parts(directory)
-        sent, size = checksum(parts), sum(part.nbytes for one in parts.values() for part in one.values())
-        del parts
-        held, seconds = self.load(directory, 0).result()
-        share = quantized_share(model.params(), self.exp.wire, model.moe is not None)
-        spent = seconds | {"sync": time.perf_counter() - begin}
-        return SyncReport(0, size, spent, sent, tuple(held), share, {})
-
-    def sample(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> EmbeddedPending:
-        return EmbeddedPending(self, prompts, sampling, step)
-
-    def owed(
-        self,
-        index: int,
-        engine: Handle,
-        future: Future,
-        call: tuple[Any, ...],
-        served: tuple[Any, int] | None = None,
-    ) -> Any:
-        """What an engine owes. If it died: its successor makes the same call, with the weights `served` at the time."""
-        for attempt in range(1, HEAL_ATTEMPTS + 1):
-            if not future.died():
-                return future.result()
-            self.workers.event("engine_healed", engine=index, attempt=attempt, owed=call[0], reason=reason(future))
-            if self.engines[index] is engine:  # else an earlier debt has brought a successor already
-                self.engines[index] = self._spawn(index)
-            engine = self.engines[index]
-            if served:
-                engine.call("load", *served)
-            future = engine.call(*call)
-            if served and served[1] != self.version:  # its next call must find the newest weights again
-                engine.call("load", self.shards, self.version)
-        raise RunError(f"rollout engine {index} died {HEAL_ATTEMPTS} times in a row: {reason(future)}")
-
-    def close(self) -> None:
-        for engine in self.engines:
-            engine.stop()
-
-
-class EmbeddedLoading:
-    """Engines taking new weights; what they are asked next, they do with these."""
-
-    def __init__(self, rollout: EmbeddedRollout, call: tuple[Any, ...]):
-        self.rollout, self.call = rollout, call
-        self.futures = [(engine, engine.call(*call)) for engine in rollout.engines]
-
-    def result(self) -> tuple[list[str], dict[str, float]]:
-        held = [self.rollout.owed(i, engine, future, self.call) for i, (engine, future) in enumerate(self.futures)]
-        return [checksum for checksum, _ in held], {"load": max(seconds for _, seconds in held)}
-
-
-class EmbeddedPending:
-    """Groups being generated: engine i has prompts i, i + n, i + 2n, ..."""
-
-    def __init__(self, rollout: EmbeddedRollout, prompts: Sequence[Prompt], sampling: Sampling, step: int):
-        self.rollout, self.count = rollout, len(prompts)
-        n = len(rollout.engines)
-        self.calls = [("sample", list(prompts[i::n]), sampling, step) for i in range(n)]
-        self.served, self.seconds = (rollout.shards, rollout.version), 0.0
-        self.engines = list(rollout.engines)
-        self.futures = [engine.call(*call) for engine, call in zip(self.engines, self.calls, strict=True)]
-
-    def result(self) -> list[Group]:
-        groups: list[Any] = [None] * self.count
-        n = len(self.futures)
-        for index, (engine, future, call) in enumerate(zip(self.engines, self.futures, self.calls, strict=True)):
-            groups[index::n], seconds = self.rollout.owed(index, engine, future, call, self.served)
-            self.seconds = max(self.seconds, seconds)
-        return groups
-
-
-def reason(future: Future) -> str:
-    """The first line of what a dead worker left."""
-    return next((line.strip() for line in str(future.error()).splitlines() if line.strip()), "no reason given")

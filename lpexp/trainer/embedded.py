@@ -277,6 +277,21 @@ class EmbeddedRank:
 
         return quantized_share(self.params, self.exp.wire, self.model.moe is not None)
 
+    def canary(self, version: int, sequences: Sequence[Sequence[int]]) -> np.ndarray:
+        """Log-probability, at temperature 1, of every token but the first of each sequence, one after the other."""
+        import torch
+
+        from lpexp.model.decoder import TrainWeights, token_logprobs
+
+        newest = version == self.version
+        weights = self.weights if newest else TrainWeights(self.model, self.exp.precision, self._weights_of(version))
+        found = []
+        with torch.no_grad():
+            for tokens_T in (torch.tensor(one, device=self.device) for one in sequences):
+                logits = self.decoder.logits(weights, tokens_T[None, :-1])[0]
+                found.append(token_logprobs(logits, tokens_T[1:], 1.0)[0].cpu().numpy())
+        return np.concatenate(found)
+
     def prepare(self, version: int, measure: bool) -> dict[str, dict[str, float]]:
         """Quantise ahead of the next step; with `measure`, also how far the served weights are from these."""
         held = self._shipped(version)
@@ -661,9 +676,10 @@ class EmbeddedPublishing:
         begin, ranks = time.perf_counter(), trainer.ranks
         self.version = version
         shards, self.sent = trainer.workers.share(ranks[0], "served", version)
+        self.canary = ranks[0].call("canary", version, rollout.canary) if rollout.canary else None
         last = len(ranks) - 1
         self.others = [r.call("prepare", version, i == last) for i, r in enumerate(ranks) if i or not last]
-        self.loading = rollout.load(shards, version)
+        self.loading = rollout.load([shards], version)
         self.asking = time.perf_counter() - begin  # in one process that is all of it
 
     def result(self) -> SyncReport:
@@ -678,5 +694,7 @@ class EmbeddedPublishing:
                 f"not {report.checksum_sent}"
             )
         spent = report.seconds | seconds
-        spent["transfer"] = max(whole - sum(spent.values()), 0.0)
-        return dataclasses.replace(report, seconds=spent | {"sync": whole}, checksums_held=tuple(held), quant=quant)
+        spent.setdefault("transfer", max(whole - sum(spent.values()), 0.0))
+        gap = None if self.canary is None else self.loading.gap(self.canary.result())
+        spent["sync"] = whole
+        return dataclasses.replace(report, seconds=spent, checksums_held=tuple(held), quant=quant, canary=gap)

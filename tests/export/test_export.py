@@ -57,7 +57,7 @@ def test_the_exported_bytes_are_what_the_trainer_published_at_that_version(tmp_p
     honest = EmbeddedRollout.load
 
     def watched(self, shards, version):
-        published[version] = {name: thaw(parts) for name, parts in shards.items()}
+        published[version] = {name: thaw(parts) for shard in shards for name, parts in shard.items()}
         return honest(self, shards, version)
 
     monkeypatch.setattr(EmbeddedRollout, "load", watched)
