@@ -151,7 +151,7 @@ def _batch(exp: Experiment) -> str:
 def _in_order(row: dict[str, Any]) -> list[Any]:
     """A plan's row: role and count first."""
     first = [f"{row['role']} x{row['count']}"] if {"role", "count"} <= set(row) else []
-    return first + [value for key, value in row.items() if not first or key not in ("role", "count")]
+    return first + [value for key, value in row.items() if not first or key not in ("role", "count", "gpus")]
 
 
 def _short(text: str, limit: int = 60) -> str:

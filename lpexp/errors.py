@@ -25,7 +25,7 @@ class ConfigError(Exception):
     def __init__(self, mistakes: Iterable[Mistake] | str, title: str = "config has mistakes:"):
         if isinstance(mistakes, str):
             mistakes = [Mistake("", mistakes)]
-        self.mistakes = [Mistake(*mistake) for mistake in mistakes]
+        self.mistakes = list(dict.fromkeys(Mistake(*mistake) for mistake in mistakes))
         self.title = title
         super().__init__(str(self))
 

@@ -284,10 +284,12 @@ def _cell(
     """The numbers of one cell."""
     greedy: list[Group] = []
     sampled: list[Group] = []
+    longest = exp.task.held_out_response
+    drawn = Sampling(temperature=args.temperature, samples=args.samples, max_response=longest)
     for at in range(0, len(prompts), PIECE):
         piece = prompts[at : at + PIECE]
-        greedy += engine.sample(piece, Sampling(temperature=0.0), STEP)[0]
-        sampled += engine.sample(piece, Sampling(temperature=args.temperature, samples=args.samples), STEP)[0]
+        greedy += engine.sample(piece, Sampling(temperature=0.0, max_response=longest), STEP)[0]
+        sampled += engine.sample(piece, drawn, STEP)[0]
         progress.advance()
     greedy, sampled = (exp.task.score(groups, tokenizer) for groups in (greedy, sampled))
     scores = {key.rpartition("/")[2]: value for key, value in eval_metrics(SET, greedy, sampled).items()}

@@ -5,19 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from pydantic import Field
 
 from lpexp.algorithm import Algorithm
 from lpexp.cluster import Cluster
 from lpexp.config import Spec, rule
 from lpexp.correction import Correction
+from lpexp.data import Group
 from lpexp.errors import ConfigError, Mistake
-from lpexp.fetch import FETCHED
-from lpexp.model import Model, divisors
+from lpexp.fetch import lacking
+from lpexp.model import Model, Parallel, divisors
 from lpexp.model.served import EMBEDDING, agrees, contradiction, copies, precision_of
 from lpexp.precision import Precision
 from lpexp.rollout import RolloutSpec
@@ -81,6 +83,7 @@ class Experiment(Spec):
     steps: int = Field(ge=1)
     seed: int = Field(ge=0, lt=2**32)
     lag: Literal[0, 1]
+    oversample: int = Field(ge=1)  # groups sampled for each one learned from; those of equal rewards yield their place
     output_dir: str
     resume: str  # none | auto | a run directory
     resume_force: bool
@@ -106,6 +109,19 @@ class Experiment(Spec):
         return self.rollout.precision or self.precision
 
     @property
+    def sampled(self) -> Task:
+        """The task as the rollout is asked for it: with the prompts of all groups that are sampled in a step."""
+        return self.task.model_copy(update={"prompts_per_step": self.oversample * self.task.prompts_per_step})
+
+    def learned(self, groups: Sequence[Group]) -> list[Group]:
+        """Of the scored groups of a step those to learn from: first those whose rewards differ, in their order."""
+        if self.oversample == 1:
+            return list(groups)
+        told = [len(set(np.asarray(group.rewards_G).tolist())) > 1 for group in groups]
+        chosen = sorted(range(len(groups)), key=lambda i: (not told[i], i))[: self.task.prompts_per_step]
+        return [groups[i] for i in sorted(chosen)]
+
+    @property
     def uses_reference(self) -> bool:
         return self.algorithm.kl_coef > 0
 
@@ -127,15 +143,19 @@ class Experiment(Spec):
 
     @rule
     def _lengths_fit(self) -> Iterator[Mistake]:
-        model, longest = self.model.sized(), self.task.max_prompt + self.task.max_response
-        if longest > model.max_position_embeddings:
-            room = model.max_position_embeddings - self.task.max_prompt
-            way = f"task.max_response={room}" if room > 0 else f"task.max_prompt < {model.max_position_embeddings}"
-            yield Mistake(
-                "task.max_response",
-                f"task.max_prompt {self.task.max_prompt} + {self.task.max_response} is more than "
-                f"the {model.max_position_embeddings} positions of {model.name}; use {way}",
-            )
+        model, prompt = self.model.sized(), self.task.max_prompt
+        lengths = {"max_response": self.task.max_response}
+        if self.task.held_out_response != self.task.max_response:
+            lengths["max_response_held_out"] = self.task.held_out_response
+        for key, response in lengths.items():
+            if prompt + response > model.max_position_embeddings:
+                room = model.max_position_embeddings - prompt
+                way = f"task.{key}={room}" if room > 0 else f"task.max_prompt < {model.max_position_embeddings}"
+                yield Mistake(
+                    f"task.{key}",
+                    f"task.max_prompt {prompt} + {response} is more than "
+                    f"the {model.max_position_embeddings} positions of {model.name}; use {way}",
+                )
 
     @rule
     def _every_token_can_be_drawn(self) -> Iterator[Mistake]:
@@ -156,6 +176,15 @@ class Experiment(Spec):
             )
 
     @rule
+    def _oversampled_prompts_exist(self) -> Iterator[Mistake]:
+        asked, supply = self.sampled.prompts_per_step, self.task.supply()
+        if self.oversample > 1 and supply is not None and asked > supply[0]:
+            most = supply[0] // self.task.prompts_per_step
+            message = f"{self.oversample} x task.prompts_per_step {self.task.prompts_per_step} is more than all"
+            way = f"use {most}" if most else "use 1"
+            yield Mistake("oversample", f"{message} {supply[0]} training prompts of task {self.task.name}; {way}")
+
+    @rule
     def _vocabulary_fits(self) -> Iterator[Mistake]:
         from lpexp.model.tokenizer import CharTokenizer
 
@@ -168,17 +197,17 @@ class Experiment(Spec):
     @rule
     def _model_path_is_a_model(self) -> Iterator[Mistake]:
         path = self.model.sized().path
-        if path is None or path.startswith(FETCHED):  # not fetched yet: a plan needs no weights, a run is refused
+        if path is None or lacking(path):  # not there yet: a plan needs no weights, a run is refused
             return
         way = "name a Hugging Face model directory, or type model.path=null for a random start"
         if not Path(path).is_dir():
             yield Mistake("model.path", f"{path} is no directory; {way}")
             return
-        lacking = [name for name in ("config.json", "tokenizer.json") if not os.access(Path(path) / name, os.R_OK)]
+        missing = [name for name in ("config.json", "tokenizer.json") if not os.access(Path(path) / name, os.R_OK)]
         if not any(Path(path).glob("*.safetensors")):
-            lacking.append("*.safetensors")
-        if lacking:
-            yield Mistake("model.path", f"{path} has no readable {', '.join(lacking)}; {way}")
+            missing.append("*.safetensors")
+        if missing:
+            yield Mistake("model.path", f"{path} has no readable {', '.join(missing)}; {way}")
 
     @rule
     def _names_are_names(self) -> Iterator[Mistake]:
@@ -221,6 +250,8 @@ class Experiment(Spec):
 
     @rule
     def _backends_agree(self) -> Iterator[Mistake]:
+        if self.trainer.reads_layout and self.model.parallel == Parallel():
+            return  # no layout has said any size: the front end tells that, instead of what does not fit the defaults
         yield from self.trainer.judge(self)
         yield from self.rollout.judge(self)
 

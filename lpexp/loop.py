@@ -40,7 +40,7 @@ def train(run: Session, step: int) -> None:
         with note.time("reward"):
             groups = exp.task.score(groups, run.tokenizer)
         with note.time("learn"):  # what follows is queued: workers go on without waiting for the driver
-            learning = trainer.step(exp.algorithm.batch(groups, step))
+            learning = trainer.step(exp.algorithm.batch(exp.learned(groups), step))
             with note.time("sync"):
                 update = trainer.publish(rollout, version=step + 1)
             run.pipeline.ask_ahead(step + 1)

@@ -13,10 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lpexp.cluster import Cluster
+from lpexp.config import Spec
 from lpexp.console import served_first
 from lpexp.experiment import Experiment
-from lpexp.fetch import FETCHED
-from lpexp.precision import Precision, digest, side
+from lpexp.fetch import lacking
+from lpexp.precision import digest, side
+from lpexp.seats import span
 
 TRAINED_BYTES = 16  # a parameter: float32 master, gradient and two Adam moments
 
@@ -41,21 +44,35 @@ def text(exp: Experiment) -> str:
     wire = None if None in sizes else sum(size for size in sizes if size is not None)
     params, moe = list(model.params()), model.moe is not None
     reference = exp.reference.precision.name if exp.uses_reference else "none (algorithm.kl_coef is 0)"
-    world = exp.cluster.nodes * exp.cluster.gpus_per_node
-    machine = f"{exp.cluster.nodes} x {exp.cluster.gpus_per_node} {exp.cluster.gpu or ''} GPUs" if world else "CPU"
+    task, updates = exp.task, exp.algorithm.updates_per_batch
+    samples = task.prompts_per_step * exp.algorithm.samples_per_prompt
+    picked = f" (the best to learn from of {exp.sampled.prompts_per_step} prompts)" if exp.oversample > 1 else ""
     head = [
         ("model", f"{model.name} ({model.architecture}, {elements:,} parameters, {len(params):,} tensors)"),
-        ("trainer", _describe(exp.precision)),
-        ("rollout", _describe(exp.wire) + (" (the trainer's)" if exp.rollout.precision is None else "")),
+        ("trainer", _describe(exp.precision, exp.precision.name)),
+        ("rollout", _describe(exp.wire, exp.wire.name) + (" (the trainer's)" if exp.rollout.precision is None else "")),
         *([("checkpoint", said)] if (said := served_first(exp)) else []),
         ("reference", reference),
-        ("correction", exp.correction.name),
-        ("cluster", f"{exp.cluster.name}: {machine}"),
+        ("algorithm", _describe(exp.algorithm, type(exp.algorithm).__name__.lower())),
+        ("correction", _describe(exp.correction, exp.correction.name)),
+        ("cluster", _machines(exp.cluster)),
         (
             "batch",
-            f"{exp.task.prompts_per_step} prompts x {exp.algorithm.samples_per_prompt} samples of {exp.task.name}, "
-            f"lag {exp.lag}, {exp.steps} steps",
+            f"{task.prompts_per_step} prompts x {exp.algorithm.samples_per_prompt} samples of {task.name}{picked}, "
+            f"{updates} optimiser step{'s' if updates > 1 else ''} of {samples // updates} samples, lag {exp.lag}, "
+            f"{exp.steps} steps",
         ),
+        (
+            "answers",
+            f"at most {task.max_response} tokens after at most {task.max_prompt}, "
+            f"temperature {exp.rollout.temperature:g}",
+        ),
+        (
+            "evaluation",
+            f"every {exp.eval.every} steps, {exp.eval.prompts} prompts x {exp.eval.samples} samples of at most "
+            f"{task.held_out_response} tokens, temperature {exp.eval.temperature:g}, top-p {exp.eval.top_p:g}",
+        ),
+        ("checkpoints", f"every {exp.checkpoint.every} steps, the newest {exp.checkpoint.keep} kept"),
         ("contract", _contract(exp, params, moe)),
     ]
     workers = [("driver", 1, "the loop, metrics, checkpoints' manifest; holds no weights")]
@@ -77,6 +94,7 @@ def text(exp: Experiment) -> str:
             table(head, "  "),
             "\nwho sits where",
             table([("worker", "count", "what it does"), *workers], "  "),
+            *([placement(exp)] if exp.cluster.world else []),
             "\nwhich tensors are quantised how",
             table([("module class", "tensors", "elements", "trained as", "served as", "served bytes"), *tensors], "  "),
             "\nenvironment that each worker gets",
@@ -91,6 +109,29 @@ def text(exp: Experiment) -> str:
             table(memory, "  "),
         ]
     )
+
+
+def placement(exp: Experiment) -> str:
+    """Which GPU does what: a row a node. The trainer's ranks come first, in order; so do the engines'."""
+    cluster, each = exp.cluster, exp.cluster.gpus_per_node
+    last = cluster.world - cluster.engine_gpus  # the engines' first GPU
+    rows = []
+    for node in range(cluster.nodes):
+        cells = [f"node {node}", f"{each} {cluster.gpu or ''} GPUs"]
+        for first, told in ((0, exp.trainer.plan(exp)), (last, exp.rollout.plan(exp))):
+            for row in told:
+                here = [n for n in range(row["count"]) if _overlap(first + n * row["gpus"], row["gpus"], node, each)]
+                plural = "s" if len(here) > 1 else ""
+                cells.append(f"{row['role']}{plural} {span(here)}" if here else "")
+        rows.append(cells)
+    how = "a placement group, one bundle a node" if exp.cluster.kind == "ray" else "this process"
+    turns = "trainer and engines take turns on every GPU" if cluster.colocate else "trainer and engines sit apart"
+    return f"\nwhich GPU does what ({how}; {turns})\n{table(rows, '  ')}"
+
+
+def _overlap(start: int, count: int, node: int, each: int) -> bool:
+    """Has a worker with GPUs start..start + count one of this node's? One that is given none sits on the first node."""
+    return start < (node + 1) * each and start + count > node * each if count else node == 0
 
 
 def kinds(exp: Experiment) -> list[Kind]:
@@ -110,25 +151,25 @@ def kinds(exp: Experiment) -> list[Kind]:
 
 def missing(exp: Experiment) -> str | None:
     """One sentence on what this machine lacks for this run and what to type instead; None: it can run here."""
-    path = exp.model.sized().path or ""
-    if path.startswith(FETCHED):
-        return f"the weights of model={exp.model.name} are not here yet; type: lpexp fetch {path.removeprefix(FETCHED)}"
-    nodes, each = exp.cluster.nodes, exp.cluster.gpus_per_node
-    here = gpus_here()
-    if nodes * each > len(here):
-        kind = "" if exp.cluster.gpu in (None, "any") else f"{exp.cluster.gpu} "
-        asked = f"{nodes * each} {kind}GPU{'s' if nodes * each > 1 else ''}" + (
-            f" ({nodes} nodes of {each})" if nodes > 1 else ""
-        )
+    cluster, here = exp.cluster, gpus_here()
+    if cluster.joins is None and cluster.world > len(here):  # a joined cluster's GPUs are counted when it is joined
+        kind = "" if cluster.gpu in (None, "any") else f"{cluster.gpu} "
+        many = f" ({cluster.nodes} nodes of {cluster.gpus_per_node})" if cluster.nodes > 1 else ""
+        asked = f"{cluster.world} {kind}GPU{'s' if cluster.world > 1 else ''}{many}"
         has = f"{len(here)} ({here[0]})" if here else "none"
         small = exp.model.sized().num_params() < 10_000_000
-        way = "type cluster=local to run on its cores" if small else "type scale=laptop to run its small twin here"
-        what = f"model={exp.model.name} precision={exp.precision.name} on cluster={exp.cluster.name}"
+        join = "join a Ray cluster that has them (cluster.address=...), or "
+        way = (
+            "type cluster=local to run on its cores" if small else f"{join}type scale=laptop to run its small twin here"
+        )
+        what = f"model={exp.model.name} precision={exp.precision.name} on cluster={cluster.name}"
         return f"{what} needs {asked} and this machine has {has}; {way}"
     for part in (exp.trainer, exp.rollout):
-        if lacking := part.missing(exp):
-            return lacking
-    return None
+        if said := part.missing(exp):
+            return said
+    if typed := lacking(exp.model.sized().path):
+        return f"the weights of model={exp.model.name} are not here yet; type: {typed}"
+    return exp.task.missing()
 
 
 def gpus_here() -> list[str]:
@@ -143,9 +184,18 @@ def gpus_here() -> list[str]:
     return names[: len(devices)]
 
 
-def _describe(precision: Precision) -> str:
-    fields = {key: value for key, value in precision.dump().items() if key not in ("_target_", "name")}
-    return precision.name + (f" ({', '.join(f'{key} {value}' for key, value in fields.items())})" if fields else "")
+def _describe(part: Spec, name: str) -> str:
+    """The part's name and its fields."""
+    fields = {key: value for key, value in part.dump().items() if key not in ("_target_", "name")}
+    return name + (f" ({', '.join(f'{key} {value}' for key, value in fields.items())})" if fields else "")
+
+
+def _machines(cluster: Cluster) -> str:
+    """Its GPUs, and whose Ray it is."""
+    gpus = f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu or ''} GPUs" if cluster.world else "CPU"
+    if cluster.world and not cluster.colocate:
+        gpus += f", {cluster.trainer_gpus} for the trainer and {cluster.engine_gpus} for the engines"
+    return f"{cluster.name}: {gpus}" + (f", of the Ray cluster at {cluster.joins}" if cluster.joins else "")
 
 
 def _contract(exp: Experiment, params: Sequence[Any], moe: bool) -> str:
@@ -163,7 +213,7 @@ def _cache_bytes(exp: Experiment) -> int:
         entry = model.mla.kv_lora_rank + model.mla.qk_rope_head_dim
     else:
         entry = 2 * model.num_key_value_heads * model.head_dim
-    samples = exp.task.prompts_per_step * exp.algorithm.samples_per_prompt
+    samples = exp.sampled.prompts_per_step * exp.algorithm.samples_per_prompt
     return 2 * entry * model.num_hidden_layers * samples * (exp.task.max_prompt + exp.task.max_response)
 
 

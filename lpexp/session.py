@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from lpexp import checkpoint, journal, warmup
+from lpexp import checkpoint, journal, plan, warmup
 from lpexp.cluster import Workers
 from lpexp.data import Group, SyncReport
 from lpexp.errors import RunError
@@ -42,7 +42,9 @@ class Session:
             for note in resume.notes:
                 self.log.event("resume", note=note)
             self.tokenizer = load_tokenizer(model)
-            workers = Workers(exp.cluster, self.log.event, self.run_dir)
+            if exp.cluster.world:
+                self.log.console.say(plan.placement(exp))
+            workers = Workers(exp.cluster, self.log.event, self.run_dir, self.log.warn)
             self.stop.install()
             stack.callback(workers.close)
             stack.callback(self.log.close)  # before the workers' guardian ends every process below this one
@@ -98,10 +100,16 @@ class Session:
         """Greedy and sampled answers to the held-out prompts, scored."""
         exp = self.exp
         prompts = exp.task.held_out(exp.seed, exp.eval.prompts, self.tokenizer)
+        longest = exp.task.held_out_response
         drawn = Sampling(
-            temperature=exp.eval.temperature, top_p=exp.eval.top_p, top_k=exp.eval.top_k, samples=exp.eval.samples
+            temperature=exp.eval.temperature,
+            top_p=exp.eval.top_p,
+            top_k=exp.eval.top_k,
+            samples=exp.eval.samples,
+            max_response=longest,
         )
-        pending = [self.rollout.sample(prompts, s, version) for s in (Sampling(temperature=0.0), drawn)]
+        greedy = Sampling(temperature=0.0, max_response=longest)
+        pending = [self.rollout.sample(prompts, sampling, version) for sampling in (greedy, drawn)]
         return [exp.task.score(groups.result(), self.tokenizer) for groups in pending]
 
 
@@ -111,6 +119,7 @@ class Pipeline:
 
     def __init__(self, session: Session):
         self.session = session
+        self.task = session.exp.sampled
         self.pending: dict[int, Pending] = {}
         exp, start = session.exp, session.start
         self.sampling = Sampling(
@@ -129,7 +138,7 @@ class Pipeline:
         exp = self.session.exp
         if step in self.pending or step >= exp.steps:
             return
-        prompts = exp.task.train(exp.seed, step, self.session.tokenizer)
+        prompts = self.task.train(exp.seed, step, self.session.tokenizer)
         self.pending[step] = self.session.rollout.sample(prompts, self.sampling, step)
 
     def ask_ahead(self, step: int) -> None:

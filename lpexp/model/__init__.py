@@ -67,8 +67,13 @@ class Parallel(Spec):
     ep: int = Field(default=1, ge=1)
     etp: int = Field(default=1, ge=1)
     last_stage_layers: int | None = Field(default=None, ge=1)  # None: layers split evenly
+    max_tokens_per_gpu: int = Field(default=8192, ge=1)  # of a micro-batch
+    bucket_mb: int = Field(default=512, ge=1)  # of 16-bit weights under way at a time in a weight update
+    optimizer_offload: bool = False  # Adam's state in host memory
+    dispatcher: Literal["alltoall", "deepep"] = "alltoall"  # how tokens travel to their experts
     engine_gpus: int = Field(default=1, ge=1)  # GPUs of one rollout engine
     engine_ep: int = Field(default=1, ge=1)  # of which this many share the experts out
+    engine_memory: float = Field(default=0.7, gt=0, lt=1)  # share of a GPU's memory
 
 
 class Model(Spec):

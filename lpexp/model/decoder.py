@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lpexp.data import Param
 from lpexp.errors import RunError
-from lpexp.model import Model, ops
+from lpexp.model import Model, Moe, ops
 from lpexp.model.ops import Rotation
 from lpexp.precision import Parts, Precision, numeric
 
@@ -345,26 +345,11 @@ class Decoder:
         """Mixture of experts: each token's top_k experts, weighted; sums run in expert order in float32."""
         moe = self.model.moe
         assert moe is not None
-        scores_RE = weights.accumulate(x, f"{at}.gate.weight")
-        if moe.scoring == "sigmoid":
-            scores_RE = 1 / (1 + torch.exp(-scores_RE))
-            ranked_RE = scores_RE + weights.tensor(f"{at}.gate.e_score_correction_bias")
-            if moe.num_groups > 1:
-                grouped = ranked_RE.unflatten(-1, (moe.num_groups, -1))
-                best_RG = grouped.topk(2, -1).values.sum(-1)
-                kept = torch.zeros_like(best_RG, dtype=torch.bool).scatter(
-                    1, best_RG.topk(moe.top_groups, -1).indices, True
-                )
-                ranked_RE = grouped.masked_fill(~kept[..., None], 0.0).flatten(1)
-        else:
-            scores_RE = ranked_RE = torch.softmax(scores_RE, -1)
-        chosen_RK = ranked_RE.detach().topk(moe.top_k, -1).indices
+        logits_RE = weights.accumulate(x, f"{at}.gate.weight")
+        bias = weights.tensor(f"{at}.gate.e_score_correction_bias") if moe.scoring == "sigmoid" else None
+        chosen_RK, share_RK = route(moe, logits_RE, bias)
         if routes is not None:
             routes.append(chosen_RK)
-        share_RK = scores_RE.gather(1, chosen_RK)
-        if moe.norm_topk:
-            share_RK = share_RK / (share_RK.sum(-1, keepdim=True) + (1e-20 if moe.scoring == "sigmoid" else 0.0))
-        share_RK = share_RK * moe.scaling
         out = torch.zeros_like(x)
         for expert in range(moe.num_experts):
             rows, ranks = (chosen_RK == expert).nonzero(as_tuple=True)
@@ -374,6 +359,26 @@ class Decoder:
         if moe.num_shared:
             out = out + mlp(weights, x, f"{at}.shared_experts")
         return weights.round(out)
+
+
+def route(moe: Moe, logits_RE: Tensor, bias_E: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Router logits [R, experts] -> the experts [R, top_k] of each row and their shares; the bias only ranks."""
+    if moe.scoring == "sigmoid":
+        scores_RE = 1 / (1 + torch.exp(-logits_RE))
+        ranked_RE = scores_RE if bias_E is None else scores_RE + bias_E
+        if moe.num_groups > 1:
+            grouped = ranked_RE.unflatten(-1, (moe.num_groups, -1))
+            best_RG = grouped.topk(2, -1).values.sum(-1)
+            best = best_RG.topk(moe.top_groups, -1).indices
+            kept = torch.zeros_like(best_RG, dtype=torch.bool).scatter(1, best, True)
+            ranked_RE = grouped.masked_fill(~kept[..., None], 0.0).flatten(1)
+    else:
+        scores_RE = ranked_RE = torch.softmax(logits_RE, -1)
+    chosen_RK = ranked_RE.detach().topk(moe.top_k, -1).indices
+    share_RK = scores_RE.gather(1, chosen_RK)
+    if moe.norm_topk:
+        share_RK = share_RK / (share_RK.sum(-1, keepdim=True) + (1e-20 if moe.scoring == "sigmoid" else 0.0))
+    return chosen_RK, share_RK * moe.scaling
 
 
 def mlp(weights: Weights, x: Tensor, at: str) -> Tensor:

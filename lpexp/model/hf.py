@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -374,8 +374,12 @@ def load_weights(directory: str | Path, model: Model) -> dict[str, Tensor]:
     return dict(read_weights(directory, model))
 
 
-def read_weights(directory: str | Path, model: Model) -> Iterator[tuple[str, Tensor]]:
-    """As `load_weights`, one tensor at a time in the model's order. ConfigError names file and tensor."""
+def read_weights(
+    directory: str | Path, model: Model, only: Container[str] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """As `load_weights`, one tensor at a time in the model's order, or `only` some of them. ConfigError names file
+    and tensor.
+    """
     directory = Path(directory)
     method = (read_config(directory).get("quantization_config") or {}).get("quant_method")
     if method:
@@ -385,9 +389,10 @@ def read_weights(directory: str | Path, model: Model) -> Iterator[tuple[str, Ten
         )
     stored = Stored(directory, model, None)
     for param in model.params():
-        tensor = stored.parts(param)["weight"]
-        stored.check_finite(param.name, tensor)
-        yield param.name, tensor.float()
+        if only is None or param.name in only:
+            tensor = stored.parts(param)["weight"]
+            stored.check_finite(param.name, tensor)
+            yield param.name, tensor.float()
 
 
 class Stored:

@@ -144,6 +144,23 @@ class Precision(Spec):
         """Mistakes that only show on a model: a group that does not divide, a scope that covers nothing."""
         return ()
 
+    def needs(self, capability: int, trains: bool) -> Iterable[Mistake]:
+        """Mistakes of computing this natively on a GPU of that CUDA compute capability (times ten), as production
+        backends do; `trains`: in a trainer, else in an engine."""
+        return ()
+
+    @property
+    def gathered(self) -> bool:
+        """Does a production trainer keep and gather its parameters as codes?"""
+        return getattr(self, "param_gather", False)
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Rows and columns of a weight under one scale, which no split may cut; (1, 1): none."""
+        told = self.format()
+        rows, columns = told.get("block", (1, told.get("group_size", 1)))
+        return rows, columns
+
     def warnings(self, params: Iterable[Param], moe: bool) -> Iterable[str]:
         """What a person should know who serves this model so: tensors that another reader cannot read."""
         return ()
@@ -318,7 +335,7 @@ def _formats() -> list[type[Precision]]:
     """Every class beside this file that reads a served checkpoint."""
     found = []
     for module in pkgutil.iter_modules(__path__):
-        if module.name not in ("numeric", "wire", "e4m3", "targets"):  # no formats
+        if module.name not in ("numeric", "wire", "e4m3", "cards", "targets"):  # no formats
             members = vars(importlib.import_module(f"{__name__}.{module.name}")).values()
             found += [m for m in members if isinstance(m, type) and issubclass(m, Precision) and m.reads]
     return sorted(set(found), key=lambda kind: kind.reads)

@@ -82,3 +82,6 @@ class Bf16(Precision):
 
     def format(self) -> dict[str, Any]:
         return {"identity": "bf16"}
+
+
+PLAIN = Bf16(name="bf16")  # of what a quantised precision leaves out

@@ -14,13 +14,12 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from lpexp.data import Param
-from lpexp.precision import Layout, Parts, Precision, Scoped, Tally, left_out, patterns, read_scope
-from lpexp.precision.bf16 import Bf16
+from lpexp.precision import Layout, Parts, Precision, Tally, left_out, patterns, read_scope
+from lpexp.precision.bf16 import PLAIN
+from lpexp.precision.cards import EightBitProducts
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-PLAIN = Bf16(name="bf16")
 
 
 class Operand(NamedTuple):
@@ -31,13 +30,14 @@ class Operand(NamedTuple):
     scale_BK: Tensor  # float32 [ceil(N / 128), K]: the same for dY W
 
 
-class Fp8(Scoped):
+class Fp8(EightBitProducts):
     """Block-scaled e4m3; `backward` says what the gradient products read."""
 
     reads: ClassVar[str] = "fp8 with weight_block_size [128, 128] and dynamic activations"
     rows: ClassVar[int | None] = 128
     scale_format: Literal["fp32", "pow2"] = "fp32"
     backward: Literal["quantised", "high_precision", "dequantised"] = "quantised"
+    param_gather: bool = False  # a production trainer gathers codes instead of bf16 weights; no served code changes
 
     def warnings(self, params: Iterable[Param], moe: bool) -> Iterable[str]:
         if cut := [p.name for p in params if self.covers(p, moe) and any(n > 128 and n % 128 for n in p.shape)]:

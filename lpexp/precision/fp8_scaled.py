@@ -12,13 +12,12 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from lpexp.data import Param
-from lpexp.precision import Layout, Parts, Precision, Scoped, Tally, left_out, read_scope
-from lpexp.precision.bf16 import Bf16
+from lpexp.precision import Layout, Parts, Precision, Tally, left_out, read_scope
+from lpexp.precision.bf16 import PLAIN
+from lpexp.precision.cards import EightBitProducts
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-PLAIN = Bf16(name="bf16")
 
 
 class Operand(NamedTuple):
@@ -26,7 +25,7 @@ class Operand(NamedTuple):
     scale_N: Tensor  # float32 [N], or [1] of a whole tensor
 
 
-class Scaled(Scoped):
+class Scaled(EightBitProducts):
     """What the two have in common: they differ in over what a scale is taken."""
 
     ABSTRACT: ClassVar[bool] = True

@@ -13,12 +13,11 @@ from lpexp.config import rule
 from lpexp.data import Param
 from lpexp.errors import Mistake, RunError
 from lpexp.precision import Layout, Parts, Precision, Scoped, Tally, left_out, patterns, read_scope
-from lpexp.precision.bf16 import Bf16
+from lpexp.precision.bf16 import PLAIN
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-PLAIN = Bf16(name="bf16")
 GROUPS = (32, 64, 128)
 
 

@@ -26,6 +26,7 @@ class Sampling(Spec):
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)  # 0: off
     samples: int = Field(default=1, ge=1)  # G
+    max_response: int | None = Field(default=None, ge=1)  # tokens; None: the task's max_response
 
 
 class Pending(Protocol):

@@ -47,6 +47,7 @@ class EmbeddedRolloutSpec(RolloutSpec):
                 "role": "rollout engine",
                 "count": count,
                 "what": f"embedded decoder, {self.slots} slots, serves {exp.wire.name}",
+                "gpus": 0,
             }
         ]
 
@@ -63,7 +64,7 @@ class EmbeddedEngine:
         self.model = exp.model.sized()
         self.stop_id = load_tokenizer(self.model).stop_id
         self.decoder = Decoder(self.model, self.device)
-        self.cache = Cache(self.model, slots, exp.task.max_prompt + exp.task.max_response, self.device)
+        self.cache = Cache(self.model, slots, exp.task.max_prompt + exp.task.longest_response, self.device)
         self.weights: Any = None
         self.version = -1
 
@@ -122,7 +123,7 @@ class Generation:
         from lpexp.rollout.sampling import uniforms
 
         self.engine, self.prompts, self.sampling = engine, prompts, sampling
-        self.longest = engine.exp.task.max_response
+        self.longest = sampling.max_response or engine.exp.task.max_response
         p, g, place = np.indices((len(prompts), sampling.samples, self.longest)).reshape(3, -1)
         ids = np.array([prompt.id for prompt in prompts])[p]
         u = uniforms(engine.exp.seed, step, ids, g, place)  # of every token that may be drawn

@@ -56,6 +56,20 @@ class Task(Spec):
     def reward(self, prompt: Prompt, answer: str, finish: str) -> Score:
         """What this answer (decoded, without the stop token) is worth. May raise: counted, scored 0, never silent."""
 
+    @property
+    def held_out_response(self) -> int:
+        """Tokens of an answer to a held-out prompt, at most."""
+        return self.max_response
+
+    @property
+    def longest_response(self) -> int:
+        """Tokens of any answer, at most: what a cache and a position table must hold beside the prompt."""
+        return max(self.max_response, self.held_out_response)
+
+    def missing(self) -> str | None:
+        """One sentence on what this machine lacks to ask these prompts, or None."""
+        return None
+
     def supply(self) -> tuple[int, int] | None:
         """How many training and held-out prompts there are; None when the task cannot say."""
         return None

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 from pydantic import Field
 
+from lpexp import hub
 from lpexp.config import rule
 from lpexp.data import Prompt
 from lpexp.errors import ConfigError, Mistake
@@ -54,19 +55,29 @@ class Row(NamedTuple):
 class Prompts(Task):
     """Questions from a file."""
 
-    path: str | None
+    path: str | None  # a file, or hub:OWNER/NAME/FILE of a data set in the Hugging Face cache
     held_out_path: str | None = None
     prompt_key: str = Field("prompt", min_length=1)
     label_key: str = Field("label", min_length=1)
     reward_by: str = Field("math", alias="reward", min_length=1)  # the key is `reward`; the method has the name
     chat_template: bool = True
+    max_response_held_out: int | None = Field(None, ge=1)  # tokens; None: max_response
 
-    def supply(self) -> tuple[int, int]:
-        return len(self._rows(False)), len(self._rows(True))
+    @property
+    def held_out_response(self) -> int:
+        return self.max_response_held_out or self.max_response
+
+    def missing(self) -> str | None:
+        absent = [path for path in (self.path, self.held_out_path) if path is not None and _located(path) is None]
+        typed = " && ".join(hub.command(path) for path in absent)
+        return f"the prompts of task={self.name} are not here yet; type: {typed}" if absent else None
+
+    def supply(self) -> tuple[int, int] | None:
+        return None if self.missing() else (len(self._rows(False)), len(self._rows(True)))
 
     def judge(self, exp: Experiment) -> Iterator[Mistake]:
         yield from super().judge(exp)
-        if exp.model.sized().path is None:
+        if exp.model.sized().path is None and not self.missing():
             yield from self._fits_characters()
 
     def train(self, seed: int, step: int, tokenizer: Tokenizer) -> list[Prompt]:
@@ -102,13 +113,13 @@ class Prompts(Task):
             yield Mistake("path", "is missing; name a JSONL or parquet file: task.path=FILE")
             return
         for key, path in (("path", self.path), ("held_out_path", self.held_out_path)):
-            if path is not None:
+            if path is not None and _located(path) is not None:
                 for column, message in self._read(path)[1]:
                     yield Mistake(column or key, message)
 
     @rule
     def _split(self) -> Iterator[Mistake]:
-        if any(True for _ in self._files()):
+        if any(True for _ in self._files()) or self.missing():
             return
         training, held_out = self._rows(False), self._rows(True)
         if self.held_out_path is not None:
@@ -172,11 +183,21 @@ class Prompts(Task):
         return [row for row in self._read(self.path)[0] if is_held_out(row.text) == held_out]
 
     def _read(self, path: str) -> tuple[tuple[Row, ...], tuple[tuple[str, str], ...]]:
+        found = _located(path)
+        assert found is not None, f"{path} is not here, which `missing` says"
         try:
-            stat = Path(path).stat()
+            stat = Path(found).stat()
         except OSError as error:
             return (), (("", f"{path} cannot be read: {error.strerror}"),)
-        return _read(path, self.prompt_key, self.label_key, self.chat_template, stat.st_mtime_ns, stat.st_size)
+        return _read(found, self.prompt_key, self.label_key, self.chat_template, stat.st_mtime_ns, stat.st_size)
+
+
+def _located(path: str) -> str | None:
+    """The file itself, or where the Hugging Face cache has it; None while it is not there."""
+    if not hub.FILE.fullmatch(path):
+        return path
+    found = hub.file(path)
+    return None if found is None else str(found)
 
 
 def math_equal(answer: str, label: str) -> tuple[bool, bool]:

@@ -74,7 +74,7 @@ class TrainerSpec(Spec):
         return {}
 
     def plan(self, exp: Experiment) -> list[dict[str, Any]]:
-        """Rows of the plan: one a worker or a kind of worker (role, count, where, what it does)."""
+        """Rows of the plan, one a kind of worker: role, count, what it does, gpus (of each; 0: it chooses itself)."""
         return []
 
     def missing(self, exp: Experiment) -> str | None:

@@ -7,7 +7,6 @@ Every rank holds all weights and optimiser state: for models of laptop size. Lef
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import math
@@ -20,20 +19,21 @@ import numpy as np
 from pydantic import Field
 
 from lpexp.config import rule
-from lpexp.data import Batch, LearnReport, Param, SyncReport
+from lpexp.data import Batch, SyncReport
 from lpexp.errors import Mistake, RunError
 from lpexp.trainer import TrainerSpec
+from lpexp.trainer.group import TrainerGroup
+from lpexp.trainer.step import Found, QuantStats, policy_loss
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from torch import Tensor
 
-    from lpexp.cluster import Future, Handle, Workers
+    from lpexp.cluster import Future, Workers
     from lpexp.experiment import Experiment
     from lpexp.model.decoder import TrainWeights
-    from lpexp.precision import Parts, Precision
-    from lpexp.rollout import Rollout
+    from lpexp.precision import Parts
 
 MOST_PARAMS_CPU, MOST_PARAMS_GPU = 1_000_000_000, 8_000_000_000  # 16 bytes each: what a laptop, and one large GPU, hold
 WEIGHTS, PREVIOUS, REFERENCE = "weights.safetensors", "previous.safetensors", "reference.safetensors"
@@ -83,6 +83,8 @@ class EmbeddedTrainerSpec(TrainerSpec):
                 f"{self.micro_batches} does not divide the {batch} samples of an optimiser batch "
                 f"(prompts x samples / updates); use {batch & -batch} or a smaller power of two",
             )
+        if exp.precision.gathered:
+            yield Mistake("precision.param_gather", "true, but trainer=embedded gathers nothing; use false")
         params, gpus = exp.model.sized().num_params(), exp.cluster.gpus_per_node
         most = MOST_PARAMS_GPU if gpus else MOST_PARAMS_CPU
         if params > most:
@@ -102,6 +104,7 @@ class EmbeddedTrainerSpec(TrainerSpec):
                 "role": "trainer rank",
                 "count": count,
                 "what": f"embedded decoder, {self.micro_batches} micro-batches in all, trains {exp.precision.name}",
+                "gpus": 0,
             }
         ]
 
@@ -109,7 +112,7 @@ class EmbeddedTrainerSpec(TrainerSpec):
 class EmbeddedRank:
     """One data-parallel rank. Runs in an actor or in this process."""
 
-    def __init__(self, exp: Experiment, spec: EmbeddedTrainerSpec, rank: int, ranks: int, meet: str | None):
+    def __init__(self, exp: Experiment, rank: int, ranks: int, meet: str | None):
         import os
 
         import torch
@@ -117,8 +120,9 @@ class EmbeddedRank:
         from lpexp.model.decoder import Decoder, pick_device, settle
 
         settle(exp.cluster.threads)
-        self.exp, self.spec, self.rank, self.ranks = exp, spec, rank, ranks
-        self.device = pick_device(spec.device, rank)
+        assert isinstance(exp.trainer, EmbeddedTrainerSpec)
+        self.exp, self.spec, self.rank, self.ranks = exp, exp.trainer, rank, ranks
+        self.device = pick_device(self.spec.device, rank)
         self.model = exp.model.sized()
         self.params = list(self.model.params())
         self.trained = [p for p in self.params if p.kind != "router_bias"]
@@ -412,27 +416,11 @@ class EmbeddedRank:
         """One micro-batch: forward, loss, gradients into the leaves; the loss terms."""
         import torch
 
-        lp_flat, entropy = self._score(self.weights, part)
-        mask = torch.from_numpy(part.mask_NT).to(self.device)
-        if not ahead:
-            for name in ("lp_T", "lp_P"):
-                found.put(name, start, lp_flat.detach())
-            found.put("entropy", start, entropy)
-        found.put("lp_C", start, lp_flat.detach())
-        lp_C = torch.zeros(mask.shape, device=self.device).masked_scatter(mask, lp_flat)
-        lp_old = found.get("lp_P", part, start, self.device)
-        lp_ref = None
+        scored, lp_ref = self._score(self.weights, part), None
         if self.reference is not None:
             with torch.no_grad():
-                found.put("lp_ref", start, self._score(self.reference, part)[0])
-            lp_ref = found.get("lp_ref", part, start, self.device)
-        lp_R = torch.from_numpy(part.logprobs_rollout_NT).to(self.device)
-        weights = self.exp.correction.weights(lp_old, lp_R, mask)
-        found.put("weights", start, weights[mask])
-        advantages = torch.from_numpy(part.advantages_N).to(self.device)
-        loss, terms = self.exp.algorithm.loss(
-            lp_C, lp_old, lp_ref, advantages, weights, mask, num_tokens, num_samples, self.exp.task.max_response
-        )
+                lp_ref = self._score(self.reference, part)[0]
+        loss, terms = policy_loss(self.exp, part, found, start, scored, lp_ref, ahead, num_tokens, num_samples)
         loss.backward()
         return {"loss": float(loss.detach()), **{name: float(value.detach()) for name, value in terms.items()}}
 
@@ -505,68 +493,6 @@ class Shared:
         self.arrays = (asked, answers, owner, lengths, before, tokens[n, lengths[n] + j])
 
 
-class Found:
-    """Per-token findings of one step as [N, T] float32 arrays; each rank fills its own rows."""
-
-    def __init__(self, batch: Batch):
-        self.batch = batch
-        self.arrays: dict[str, np.ndarray] = {}
-
-    def put(self, name: str, start: int, tokens: Tensor) -> None:
-        """Values of consecutive response tokens, beginning with those of row `start`."""
-        array = self.arrays.setdefault(name, np.zeros(self.batch.tokens_NT.shape, np.float32))
-        flat = tokens.detach().cpu().numpy()
-        ends = self.batch.mask_NT[start:].sum(1).cumsum()
-        stop = start + int(np.searchsorted(ends, len(flat))) + 1 if len(flat) else start
-        rows = array[start:stop]
-        rows[self.batch.mask_NT[start:stop]] = flat
-
-    def get(self, name: str, part: Batch, start: int, device: Any) -> Tensor:
-        import torch
-
-        return torch.from_numpy(self.arrays[name][start : start + len(part)]).to(device)
-
-    def mine(self, shares: list[list[tuple[int, int]]]) -> list[tuple[int, int, dict[str, np.ndarray]]]:
-        """(start, stop, arrays of these rows) of every micro-batch of this rank."""
-        return [
-            (start, stop, {name: array[start:stop] for name, array in self.arrays.items()})
-            for update in shares
-            for start, stop in update
-        ]
-
-
-class QuantStats:
-    """quant/<class>/*: how far the served weights are from the trainer's, over all tensors of a module class."""
-
-    def __init__(self, wire: Precision):
-        self.wire = wire
-        self.classes: dict[str, list[tuple[int, float, dict[str, float]]]] = {}
-
-    def add(self, param: Param, weight: Tensor, parts: Parts) -> None:
-        found = (weight.numel(), float(weight.double().square().sum()), self.wire.stats(weight, parts))
-        self.classes.setdefault(param.kind, []).append(found)
-
-    def result(self) -> dict[str, dict[str, float]]:
-        """Per class; what the precision does not tell of its codes or scales is absent."""
-        merged = {}
-        for kind, found in self.classes.items():
-            sizes, told = [n for n, _, _ in found], [stats for _, _, stats in found]
-            lost = sum(square * stats["rel_error"] ** 2 for _, square, stats in found)
-            rel_error = (lost / sum(square for _, square, _ in found)) ** 0.5
-            merged[kind] = {
-                "rel_error": rel_error,
-                "sqnr_db": -20 * float(np.log10(rel_error)) if rel_error else float("inf"),
-            }
-            for key in ("saturated_frac", "zero_block_frac"):
-                if key in told[0]:
-                    shares = zip(sizes, told, strict=True)
-                    merged[kind][key] = sum(n * stats[key] for n, stats in shares) / sum(sizes)
-            for key, extreme in (("scale_min", min), ("scale_max", max)):
-                if key in told[0]:
-                    merged[kind][key] = extreme(stats[key] for stats in told)
-        return merged
-
-
 def tree_sum(tensors: Sequence[Tensor]) -> Tensor:
     """The sum in the order of a binary tree; the length is a power of two."""
     if len(tensors) == 1:
@@ -575,126 +501,21 @@ def tree_sum(tensors: Sequence[Tensor]) -> Tensor:
     return tree_sum(tensors[:half]) + tree_sum(tensors[half:])
 
 
-class EmbeddedTrainer:
-    """The group of ranks as the loop sees it."""
+class EmbeddedTrainer(TrainerGroup):
+    """Every rank holds everything: the first ships and saves, the last one measures."""
 
     def __init__(self, exp: Experiment, spec: EmbeddedTrainerSpec, workers: Workers):
-        self.exp, self.spec, self.workers = exp, spec, workers
-        inline = exp.cluster.kind == "inline"
-        count = 1 if inline else spec.ranks  # the result is the same
-        meet = None
-        if count > 1:
-            meet = str(workers.scratch / "trainer-rendezvous")
-        self.ranks: list[Handle] = [
-            workers.spawn(f"trainer-{r}", EmbeddedRank, exp, spec, r, count, meet, env=spec.environment(exp))
-            for r in range(count)
-        ]
-        self.version = 0
+        count = 1 if exp.cluster.kind == "inline" else spec.ranks  # the result is the same
+        super().__init__(exp, workers, EmbeddedRank, count, meet=count > 1)
 
-    def _all(self, method: str, *args: Any) -> list[Any]:
-        return self.answers(method, [rank.call(method, *args) for rank in self.ranks])
-
-    def answers(self, method: str, futures: Sequence[Future]) -> list[Any]:
-        """What all ranks answer; RunError that says how to go on when one has died."""
-        for rank, future in zip(self.ranks, futures, strict=True):
-            if future.died():
-                raise RunError(
-                    f"{rank.name} died during {method}: {future.error()}; "
-                    f"continue with: resume=auto output_dir={self.workers.run_dir}"
-                )
-        return [future.result() for future in futures]
-
-    def contract(self) -> dict[str, str]:
-        return self._all("contract")[0]
-
-    def restore(self, directory: Path | None) -> None:
-        if directory is not None:
-            self.version = self._all("restore", str(directory))[0]
-            return
-        start = self.ranks[0].call("warm_up").result()
-        self.version = self._all("begin", start)[0]
-
-    def step(self, batch: Batch) -> EmbeddedLearning:
-        learning = EmbeddedLearning(self, batch)
-        self.version += 1
-        return learning
-
-    def publish(self, rollout: Rollout, version: int) -> EmbeddedPublishing:
-        return EmbeddedPublishing(self, rollout, version)
+    def ship(self, version: int) -> tuple[list[Any], Future, list[Future]]:
+        bulk, sent = self.workers.share(self.ranks[0], "served", version)
+        last = len(self.ranks) - 1
+        return (
+            [bulk],
+            sent,
+            [r.call("prepare", version, i == last) for i, r in enumerate(self.ranks) if i or not last],
+        )
 
     def save(self, directory: Path) -> None:
         self.ranks[0].call("save", str(directory)).result()
-
-    def close(self) -> None:
-        for rank in self.ranks:
-            rank.stop()
-
-
-class EmbeddedLearning:
-    """One batch, each rank at its share."""
-
-    def __init__(self, trainer: EmbeddedTrainer, batch: Batch):
-        self.trainer, self.batch, self.version = trainer, batch, trainer.version
-        self.begin = time.perf_counter()
-        self.futures = [rank.call("step", batch) for rank in trainer.ranks]
-        if trainer.exp.cluster.kind == "inline":
-            trainer.answers("step", self.futures)  # it has been made: what broke it is told before more is asked
-
-    def result(self) -> LearnReport:
-        batch, trainer = self.batch, self.trainer
-        answers = trainer.answers("step", self.futures)
-        arrays: dict[str, np.ndarray] = {}
-        for answer in answers:
-            for start, stop, found in answer["found"]:
-                for name, rows in found.items():
-                    arrays.setdefault(name, np.zeros(batch.tokens_NT.shape, np.float32))[start:stop] = rows
-        first = answers[0]
-        sums = {name: sum(answer["sums"].get(name, 0.0) for answer in answers) for name in sorted(first["sums"])}
-        updates = trainer.exp.algorithm.updates_per_batch
-        scalars = {f"train/{name}": value / updates for name, value in sums.items()}
-        scalars |= {f"train/{name}": first[name] for name in ("grad_norm", "grad_clip_frac", "lr", "param_norm")}
-        seconds = {name: max(a["seconds"][name] for a in answers) for name in ("recompute", "optimizer")}
-        return LearnReport(
-            batch=batch,
-            lp_T=arrays["lp_T"],
-            lp_P=arrays["lp_P"],
-            lp_C=arrays["lp_C"],
-            entropy=arrays["entropy"],
-            weights=arrays["weights"],
-            lp_ref=arrays.get("lp_ref"),
-            version=self.version,
-            scalars=scalars,
-            seconds=seconds | {"learn": time.perf_counter() - self.begin - seconds["recompute"]},
-            recompute=first["recompute"],
-        )
-
-
-class EmbeddedPublishing:
-    """One version's way to the engines: the first rank ships, the last one measures, the engines load."""
-
-    def __init__(self, trainer: EmbeddedTrainer, rollout: Rollout, version: int):
-        begin, ranks = time.perf_counter(), trainer.ranks
-        self.version = version
-        shards, self.sent = trainer.workers.share(ranks[0], "served", version)
-        self.canary = ranks[0].call("canary", version, rollout.canary) if rollout.canary else None
-        last = len(ranks) - 1
-        self.others = [r.call("prepare", version, i == last) for i, r in enumerate(ranks) if i or not last]
-        self.loading = rollout.load([shards], version)
-        self.asking = time.perf_counter() - begin  # in one process that is all of it
-
-    def result(self) -> SyncReport:
-        begin = time.perf_counter()
-        held, seconds = self.loading.result()
-        report, quant = self.sent.result(), [other.result() for other in self.others][-1]
-        whole = self.asking + time.perf_counter() - begin
-        wrong = [index for index, checksum in enumerate(held) if checksum != report.checksum_sent]
-        if wrong:
-            raise RunError(
-                f"weights of version {self.version}: engine {wrong[0]} holds {held[wrong[0]]}, "
-                f"not {report.checksum_sent}"
-            )
-        spent = report.seconds | seconds
-        spent.setdefault("transfer", max(whole - sum(spent.values()), 0.0))
-        gap = None if self.canary is None else self.loading.gap(self.canary.result())
-        spent["sync"] = whole
-        return dataclasses.replace(report, seconds=spent, checksums_held=tuple(held), quant=quant, canary=gap)

@@ -15,7 +15,7 @@ from lpexp.config import Spec
 from lpexp.errors import ConfigError
 from lpexp.experiment import Experiment
 from lpexp.groups import CONF, choices, groups, read_choice
-from lpexp.model import Model
+from lpexp.model import Model, Parallel
 
 RECIPES = [
     ("qwen3_4b", "fp8"),
@@ -96,9 +96,9 @@ def test_a_model_alone_chooses_cluster_trainer_and_rollout() -> None:
 
 def test_what_is_typed_beats_the_card_the_layout_and_the_scale() -> None:
     exp = frontend.experiment(
-        "precision=fp8", "model=qwen3_30b", "cluster=b200", "trainer.pp=2", "model.parallel.nodes=4"
+        "precision=int4_qat", "model=qwen3_30b", "cluster=b200", "trainer.tp=2", "model.parallel.nodes=4"
     )
-    assert (exp.cluster.name, exp.cluster.nodes, exp.trainer.pp) == ("b200", 4, 2)  # type: ignore[attr-defined]
+    assert (exp.cluster.name, exp.cluster.nodes, exp.trainer.tp) == ("b200", 4, 2)  # type: ignore[attr-defined]
     assert frontend.experiment("model=qwen3_4b", "scale=laptop", "task=reverse").task.name == "reverse"
 
 
@@ -215,6 +215,13 @@ def test_a_production_pair_without_a_layout_names_one_that_has_it() -> None:
                 frontend.experiment(f"model={model}", f"precision={precision}")
 
 
+def test_every_layout_says_a_size_so_that_its_rules_are_judged() -> None:
+    """A pair without a layout is known by the defaults; one whose layout says just these would be judged by nothing."""
+    for name in choices("layout"):
+        parallel = read_choice("layout", name)["model"]["parallel"]
+        assert Parallel.model_validate(parallel) != Parallel(), name
+
+
 @pytest.mark.parametrize("name", choices("experiment"))
 def test_every_experiment_is_valid_and_says_why_it_exists(name: str) -> None:
     frontend.experiment(f"experiment={name}")
@@ -229,7 +236,9 @@ def test_every_choice_of_a_small_group_is_valid(group: str) -> None:
             with pytest.raises(ConfigError, match=r"task\.path: is missing"):
                 frontend.experiment(*words)
         else:
-            frontend.experiment(*words, *(["model=smollm2_135m"] if name == "reasoning_gym" else []))
+            with_template = {"reasoning_gym": ["model=smollm2_135m"]}
+            with_template |= dict.fromkeys(("dapo_math", "dapo_math_4k", "dapo_math_16k"), ["experiment=qwen3_4b_fp8"])
+            frontend.experiment(*words, *with_template.get(name, []))
 
 
 # -- the cards ------------------------------
