@@ -15,7 +15,7 @@ from lpexp.precision import Precision
 if TYPE_CHECKING:
     import numpy as np
 
-    from lpexp.cluster import Workers
+    from lpexp.cluster import Future, Handle, Workers
     from lpexp.experiment import Experiment
 
 
@@ -51,10 +51,16 @@ class Loading(Protocol):
 
 
 class Rollout(Protocol):
+    turns: bool  # engines use the trainer's GPUs from a load on, until a step's samples have been fetched
     canary: Sequence[Sequence[int]]  # token sequences that engines score after every load; empty: checksums say all
 
     def contract(self) -> dict[str, str]:
         """{tensor: quantiser} of what the engines expect to be given."""
+        ...
+
+    def take(self, rank: Handle, version: int) -> tuple[Any, Future]:
+        """Have a trainer's rank that holds all of a version give it away, by its method `served` or in the rollout's
+        own way: a shard for `load`, and the rank's SyncReport to come."""
         ...
 
     def load(self, shards: Sequence[Any], version: int) -> Loading:

@@ -30,6 +30,7 @@ Call = tuple[Any, ...]  # a method of an engine and its arguments
 class Dispatcher:
     """`count` engines; a backend says how one is made."""
 
+    turns = False
     canary: Sequence[Sequence[int]] = ()
     canary_limit = 0.0  # nat: mean |difference| of log-probabilities over the canary's tokens
 
@@ -48,6 +49,13 @@ class Dispatcher:
             if other != contracts[0]:
                 raise RunError(f"engines disagree on their contract: {digest(contracts[0])} and {digest(other)}")
         return contracts[0]
+
+    def take(self, rank: Handle, version: int) -> tuple[Any, Future]:
+        return self.workers.share(rank, "served", version)
+
+    def again(self, served: tuple[Sequence[Any], int]) -> tuple[Sequence[Any], int]:
+        """The same shards and version for an engine that comes later."""
+        return served
 
     def load(self, shards: Sequence[Any], version: int) -> Loading:
         self.shards, self.version = shards, version
@@ -90,10 +98,12 @@ class Dispatcher:
                 self.engines[index] = self.spawn(index)
             engine, call = self.engines[index], rest(call, lost)
             if served:
-                engine.call(*loading(*served))
+                engine.call(*loading(*self.again(served)))
+            elif call[0] == "load":
+                call = loading(*self.again(((call[1], *call[3:]), call[2])))
             future = engine.call(*call)
             if served and served[1] != self.version:  # its next call must find the newest weights again
-                engine.call(*loading(self.shards, self.version))
+                engine.call(*loading(*self.again((self.shards, self.version))))
         if lost := loss(future):
             raise RunError(f"rollout engine {index} was lost {HEAL_ATTEMPTS + 1} times in a row: {lost}")
         return future.result()

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from lpexp.experiment import Experiment
     from lpexp.model.decoder import TrainWeights
     from lpexp.precision import Parts
+    from lpexp.rollout import Rollout
+    from lpexp.rollout.sglang.broadcast import Announced, Meeting, Sender
 
 MOST_PARAMS_CPU, MOST_PARAMS_GPU = 1_000_000_000, 8_000_000_000  # 16 bytes each: what a laptop, and one large GPU, hold
 WEIGHTS, PREVIOUS, REFERENCE = "weights.safetensors", "previous.safetensors", "reference.safetensors"
@@ -132,6 +134,7 @@ class EmbeddedRank:
         self.reference: TrainWeights | None = None
         self._frozen: tuple[int, Any] | None = None
         self._sent: tuple[int, dict[str, Parts]] | None = None
+        self._sender: Sender | None = None
         if meet is not None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
             backend = "nccl" if self.device.type == "cuda" and torch.cuda.device_count() >= ranks else "gloo"
@@ -272,14 +275,30 @@ class EmbeddedRank:
         held = self._shipped(version)
         sent = checksum(held)
         frozen = {name: freeze(parts) for name, parts in held.items()}
-        size = sum(raw.nbytes for parts in frozen.values() for _, _, raw in parts.values())
-        seconds = {"quantize": time.perf_counter() - begin}
-        return frozen, SyncReport(version, size, seconds, sent, (), self._quantized_share(), {})
+        return frozen, self._reported(version, sent, begin)
 
-    def _quantized_share(self) -> float:
+    def announced(self, version: int, meeting: Meeting) -> tuple[Announced, SyncReport]:
+        """What `send` will broadcast of a version, and what that cost."""
+        from lpexp.rollout.sglang.broadcast import announce
+
+        begin = time.perf_counter()
+        told = announce(self._shipped(version), self.model, self.exp.wire, meeting)
+        return told, self._reported(version, told.checksum, begin)
+
+    def send(self, version: int, meeting: Meeting) -> None:
+        """Broadcast the weights of a version to the servers of a meeting."""
+        from lpexp.rollout.sglang.broadcast import Sender
+
+        if self._sender is None or self._sender.meeting != meeting:
+            self._sender = Sender(meeting)
+        self._sender.send(self._shipped(version), self.model, self.exp.wire)
+
+    def _reported(self, version: int, sent: str, begin: float) -> SyncReport:
         from lpexp.precision.wire import quantized_share
 
-        return quantized_share(self.params, self.exp.wire, self.model.moe is not None)
+        size = sum(part.nbytes for parts in self._shipped(version).values() for part in parts.values())
+        share = quantized_share(self.params, self.exp.wire, self.model.moe is not None)
+        return SyncReport(version, size, {"quantize": time.perf_counter() - begin}, sent, (), share, {})
 
     def canary(self, version: int, sequences: Sequence[Sequence[int]]) -> np.ndarray:
         """Log-probability, at temperature 1, of every token but the first of each sequence, one after the other."""
@@ -508,8 +527,8 @@ class EmbeddedTrainer(TrainerGroup):
         count = 1 if exp.cluster.kind == "inline" else spec.ranks  # the result is the same
         super().__init__(exp, workers, EmbeddedRank, count, meet=count > 1)
 
-    def ship(self, version: int) -> tuple[list[Any], Future, list[Future]]:
-        bulk, sent = self.workers.share(self.ranks[0], "served", version)
+    def ship(self, rollout: Rollout, version: int) -> tuple[list[Any], Future, list[Future]]:
+        bulk, sent = rollout.take(self.ranks[0], version)
         last = len(self.ranks) - 1
         return (
             [bulk],

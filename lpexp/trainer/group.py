@@ -75,7 +75,7 @@ class TrainerGroup:
         self.version += 1
         return learning
 
-    def ship(self, version: int) -> tuple[list[Any], Future, list[Future]]:
+    def ship(self, rollout: Rollout, version: int) -> tuple[list[Any], Future, list[Future]]:
         """Start giving a version away: its bulks, the report to come, and what else has to end."""
         raise NotImplementedError
 
@@ -139,8 +139,10 @@ class Publishing:
     def __init__(self, trainer: TrainerGroup, rollout: Rollout, version: int):
         begin = time.perf_counter()
         self.version = version
-        bulks, self.sent, self.others = trainer.ship(version)
+        bulks, self.sent, self.others = trainer.ship(rollout, version)
         self.canary = trainer.canary(version, rollout.canary) if rollout.canary else []
+        if rollout.turns:
+            trainer.all("offload")  # before the engines take the memory
         self.loading = rollout.load(bulks, version)
         self.asking = time.perf_counter() - begin  # in one process that is all of it
 

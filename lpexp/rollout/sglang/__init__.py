@@ -17,13 +17,16 @@ from pydantic import Field
 from lpexp.config import Spec
 from lpexp.disk import cache_dir
 from lpexp.errors import Mistake
+from lpexp.model import divisors
 from lpexp.precision import KV_CACHES
 from lpexp.rollout import Rollout, RolloutSpec
+from lpexp.rollout.fit import engine_fits
 
 if TYPE_CHECKING:
     from lpexp.cluster import Workers
     from lpexp.experiment import Experiment
     from lpexp.rollout.sglang.transport import Transport
+    from lpexp.seats import Seat
 
 LOCK = Path(__file__).resolve().parents[3] / "requirements-sglang.lock"
 TESTED = "0.5.23"  # the server that this was written for and tested with
@@ -42,7 +45,7 @@ class Speculative(Spec):
 
 
 class SglangRolloutSpec(RolloutSpec):
-    """SGLang servers on `gpus_per_engine` GPUs each (`ep` of them share the experts out), or on this machine's cores."""
+    """Servers on `gpus_per_engine` GPUs each (`ep` of them share the experts out), or on this machine's cores."""
 
     python: str | None  # an interpreter with SGLang; None: the one of `make sglang-env`
     device: Literal["auto", "cpu", "cuda"]  # auto: GPUs where the cluster has some
@@ -57,7 +60,7 @@ class SglangRolloutSpec(RolloutSpec):
     attention_backend: str | None
     speculative: Speculative | None
     args: tuple[str, ...] = Field(strict=False)  # further arguments of the server, as it spells them
-    transport: Literal["disk", "tensors"]
+    transport: Literal["tensors", "broadcast", "disk"]
     bucket_mb: int = Field(ge=1)
     sync_dir: str | None  # of transport disk: a directory that every node sees; None: a temporary one
     canary_limit: float | None = Field(gt=0)  # nat a token; None: what the two precisions explain
@@ -76,9 +79,22 @@ class SglangRolloutSpec(RolloutSpec):
         given = {word.partition("=")[0] for word in self.args if word.startswith("-")}
         for flag in sorted(given & {*OURS, *self.arguments(exp, 0)}):
             yield Mistake("rollout.args", f"{flag} is decided by other keys of the config; leave it out")
+        if self.transport == "broadcast":
+            yield from self._judge_broadcast(exp)
         if self.transport == "disk" and exp.cluster.nodes > 1 and self.sync_dir is None:
             message = f"is needed by rollout.transport=disk on {exp.cluster.nodes} nodes: name a directory all see"
             yield Mistake("rollout.sync_dir", message)
+
+    def _judge_broadcast(self, exp: Experiment) -> Iterable[Mistake]:
+        way = "type rollout.transport=tensors"
+        if exp.cluster.kind == "inline":
+            message = "broadcast needs a trainer that sends while servers receive, and inline is one process"
+            yield Mistake("rollout.transport", f"{message}; {way}, or cluster=local")
+        if exp.trainer.reads_layout:
+            yield Mistake("rollout.transport", f"broadcast is sent by trainer=embedded only; {way}")
+        if self.on(exp) == "cuda" and exp.cluster.colocate:
+            message = "broadcast needs GPUs of their own for the engines: NCCL takes one rank a GPU"
+            yield Mistake("rollout.transport", f"{message}; {way}, or cluster.colocate=false")
 
     def _judge_cpu(self, exp: Experiment) -> Iterable[Mistake]:
         """A server on cores computes in 16 or 32 bits, alone, with torch's own attention."""
@@ -103,7 +119,7 @@ class SglangRolloutSpec(RolloutSpec):
                 yield Mistake(key, f"{value} needs GPUs, this server runs on cores; use {instead}")
 
     def _judge_gpus(self, exp: Experiment) -> Iterable[Mistake]:
-        world, model = exp.cluster.nodes * exp.cluster.gpus_per_node, exp.model.sized()
+        world, model = exp.cluster.engine_gpus, exp.model.sized()
         if world == 0:
             way = "type rollout.device=cpu, or a cluster with GPUs"
             yield Mistake("rollout.device", f"cuda, and cluster {exp.cluster.name} has no GPU; {way}")
@@ -112,15 +128,19 @@ class SglangRolloutSpec(RolloutSpec):
             yield Mistake(
                 "rollout.gpus_per_engine", f"{self.gpus_per_engine} does not divide {world} GPUs; use a divisor"
             )
-        if self.gpus_per_engine > exp.cluster.gpus_per_node:
-            message = f"{self.gpus_per_engine} is more than the {exp.cluster.gpus_per_node} GPUs of a node"
-            yield Mistake("rollout.gpus_per_engine", f"{message}; an engine does not span nodes here")
         if self.gpus_per_engine % self.ep:
             yield Mistake(
                 "rollout.ep", f"{self.ep} does not divide rollout.gpus_per_engine {self.gpus_per_engine}; use a divisor"
             )
         if model.moe is None and self.ep > 1:
             yield Mistake("rollout.ep", f"{self.ep}, but {model.name} has no experts; use 1")
+        elif model.moe and model.moe.num_experts % self.ep:
+            experts = model.moe.num_experts
+            yield Mistake("rollout.ep", f"{self.ep} does not divide {experts} experts; use one of {divisors(experts)}")
+        if exp.cluster.colocate and exp.lag:
+            message = "1 generates while the trainer learns, and with cluster.colocate=true both use the same GPUs"
+            yield Mistake("lag", f"{message}; use 0, or cluster.colocate=false")
+        yield from engine_fits(exp, self.gpus_per_engine, self.ep, self.mem_fraction)
         if self.engines is not None and self.engines * self.gpus_per_engine > world:
             over = f"{self.engines} of {self.gpus_per_engine} GPUs are more than the {world} there are"
             yield Mistake("rollout.engines", f"{over}; use at most {world // self.gpus_per_engine}")
@@ -136,7 +156,14 @@ class SglangRolloutSpec(RolloutSpec):
         """Engines."""
         if self.engines is not None:
             return self.engines
-        return 1 if self.on(exp) == "cpu" else exp.cluster.nodes * exp.cluster.gpus_per_node // self.gpus_per_engine
+        return 1 if self.on(exp) == "cpu" else exp.cluster.engine_gpus // self.gpus_per_engine
+
+    def seats(self, exp: Experiment, seats: Sequence[Seat], index: int) -> Sequence[Seat]:
+        """The GPUs of an engine; none on cores."""
+        if self.on(exp) == "cpu" or not seats:
+            return ()
+        mine, each = seats[-exp.cluster.engine_gpus :], self.gpus_per_engine
+        return mine[index * each : (index + 1) * each]
 
     def limit(self, exp: Experiment) -> float:
         """How far the canary's log-probabilities may be apart, nat a token."""
@@ -152,7 +179,7 @@ class SglangRolloutSpec(RolloutSpec):
     def arguments(self, exp: Experiment, index: int) -> dict[str, Any]:
         """The server's command line but for its address and key: {flag: value, or True}."""
         serving, cpu = exp.wire.sglang(), self.on(exp) == "cpu"
-        each = exp.task.max_prompt + exp.task.max_response
+        each = exp.task.max_prompt + max(exp.task.max_response, exp.task.held_out_response or 0)
         graphs = None if self.cuda_graphs and not cpu else "disabled"
         said: dict[str, Any] = {
             "--device": self.on(exp),
@@ -163,7 +190,6 @@ class SglangRolloutSpec(RolloutSpec):
             "--kv-cache-dtype": self.kv_cache_dtype,
             "--tp-size": self.gpus_per_engine,
             "--ep-size": self.ep,
-            "--base-gpu-id": None if cpu else self._first_gpu(exp, index),
             "--attention-backend": "torch_native" if cpu and not self.attention_backend else self.attention_backend,
             "--sampling-backend": "pytorch" if cpu else None,
             "--sampling-defaults": "openai",
@@ -174,6 +200,7 @@ class SglangRolloutSpec(RolloutSpec):
             "--cuda-graph-backend-prefill": graphs,
             "--disable-overlap-schedule": cpu,
             "--sleep-on-idle": True,
+            "--enable-memory-saver": exp.cluster.colocate and not cpu,
             "--enable-deterministic-inference": self.deterministic,
             "--random-seed": (exp.seed * 1009 + index) % (1 << 31),
         }
@@ -187,10 +214,6 @@ class SglangRolloutSpec(RolloutSpec):
                 "--speculative-num-draft-tokens": draft.draft_tokens,
             }
         return said
-
-    def _first_gpu(self, exp: Experiment, index: int) -> int:
-        """On its node; engines fill a node from its first GPU."""
-        return index * self.gpus_per_engine % exp.cluster.gpus_per_node
 
     def expected_report(self, exp: Experiment) -> dict[str, Sequence[Any]]:
         """What /server_info must say after it resolved the arguments: an engine that chose otherwise is refused."""
@@ -225,6 +248,7 @@ class SglangRolloutSpec(RolloutSpec):
             "OMP_NUM_THREADS": str(exp.cluster.threads),
             "SGLANG_HEALTH_CHECK_TIMEOUT": str(max(1, round(self.hang_s))),
             "SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0",  # five seconds in which callers would wait
+            **({"GLOO_SOCKET_IFNAME": "lo"} if exp.cluster.nodes == 1 else {}),
             **({"SGLANG_USE_CPU_ENGINE": "1"} if cpu else {}),
         }
 
@@ -244,15 +268,22 @@ class SglangRolloutSpec(RolloutSpec):
         return SglangRollout(exp, self, workers)
 
     def plan(self, exp: Experiment) -> list[dict[str, Any]]:
-        where = "cores" if self.on(exp) == "cpu" else f"{self.gpus_per_engine} GPUs"
-        experts = f" (experts over {self.ep})" if self.ep > 1 else ""
-        what = f"SGLang server on {where}{experts}, serves {exp.wire.name}, weights by {self.transport}"
-        return [{"role": "rollout engine", "count": self.count(exp), "what": what}]
+        cpu = self.on(exp) == "cpu"
+        where = "cores" if cpu else f"{self.gpus_per_engine} GPUs (experts over {self.ep})"
+        if not cpu:
+            whose = "colocated" if exp.cluster.colocate else "on GPUs of their own"
+            where += f", {whose}, memory fraction {self.mem_fraction:g}"
+        what = f"SGLang server on {where}; weights by {self.transport}; serves {exp.wire.name}"
+        gpus = 0 if cpu else self.gpus_per_engine
+        return [{"role": "rollout engine", "count": self.count(exp), "what": what, "gpus": gpus}]
 
     def environment(self, exp: Experiment) -> dict[str, str]:
         return self.server_environment(exp)
 
     def missing(self, exp: Experiment) -> str | None:
+        if self.on(exp) == "cuda" and self.gpus_per_engine > exp.cluster.gpus_per_node:
+            each = exp.cluster.gpus_per_node
+            return f"an engine that spans nodes is not built in this version; type rollout.gpus_per_engine={each}"
         if self.python is None:
             done = built().parents[1] / ".installed"
             return None if done.exists() else f"SGLang's own environment is not built ({done}); type: make sglang-env"

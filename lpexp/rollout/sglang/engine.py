@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lpexp.data import Group, Param, Prompt, Sample
+from lpexp.data import Group, Prompt, Sample
 from lpexp.disk import write_json
 from lpexp.errors import EngineLost, RunError
 from lpexp.rollout import Sampling
@@ -28,11 +28,14 @@ if TYPE_CHECKING:
     from lpexp.precision import Parts
     from lpexp.precision.wire import Frozen
     from lpexp.rollout.sglang import SglangRolloutSpec
+    from lpexp.rollout.sglang.broadcast import Announced
+    from lpexp.rollout.sglang.held import Expected
 
     Shard = dict[str, dict[str, Frozen]] | str  # {tensor: its parts}, or a directory
 
 ASKS = 3  # times that an answer is asked for before the engine counts as lost
 LOOK_S = 0.5
+RESTING = ("kv_cache", "weights", "cuda_graph")  # what a resting server gives back
 DECODED = 8  # tokens of the canary that are decoded greedily
 
 
@@ -49,6 +52,8 @@ class SglangEngine:
         self.model, self.folder = exp.model.sized(), Path(folder)
         self.stop_id = load_tokenizer(self.model).stop_id
         self.version, self.asked, self.compared = -1, 0, False
+        self.joined: str | None = None  # the process group that its server is in
+        self.resting = False  # its server has given its GPUs' memory back
         self.transport = self.spec.transport_of(exp, Path(shared))
         self.server = self._start()
         self.client = Client(self.server.host, self.server.port, self.server.key)
@@ -103,31 +108,98 @@ class SglangEngine:
         return precision.contract(self.model.params(), self.model.moe is not None)
 
     # -- weights ---------------------------------------------------------------------------------------------------
-    def load(self, shard: Shard, version: int, *more: Shard) -> tuple[str, dict[str, float], np.ndarray | None]:
+    def load(
+        self, shard: Shard | Announced, version: int, *more: Shard
+    ) -> tuple[str, dict[str, float], np.ndarray | None]:
         """Serve these weights: the checksum of what was sent, which the server holds; seconds; the canary's scores.
 
-        RunError when the server holds something else. The order: pause, flush, update, compare, resume, canary.
+        RunError when the server holds something else. The order: memory for weights, pause, flush, update, compare,
+        memory for keys and values, resume, canary.
         """
-        from lpexp.precision.wire import checksum, thaw
-        from lpexp.rollout.dispatch import stored_parts
+        from lpexp.rollout.sglang.broadcast import Announced
 
-        parts: dict[str, Parts] = {}
-        for one in (shard, *more):
-            parts |= stored_parts(one) if isinstance(one, str) else {n: thaw(frozen) for n, frozen in one.items()}
         self._alive()
         try:
             with self._watching().suspended():
+                if self.resting:
+                    self.client.occupy(["weights"])
                 self.client.pause()
                 self.client.flush()
-                spent = self.transport.send(self.client, parts, version)
-                reported = self.client.checksums(self.spec.update_timeout_s)
-                self._compare(parts, reported, version)
+                if isinstance(shard, Announced):
+                    sent, expected, spent = shard.checksum, shard.expected, self._receive(shard, version)
+                else:
+                    sent, expected, spent = self._give((shard, *more), version)
+                self._compare(expected, self.client.checksums(self.spec.update_timeout_s), version)
+                if self.resting:
+                    self.client.occupy([tag for tag in RESTING if tag != "weights"])
+                    self.resting = False
                 self.client.proceed()
             self.version = version
-            scores = self._score_canary()
+            scores = self._score_canary() if self.canary else None
         except (Unreachable, Refused, EngineLost) as error:
             raise self._lost(f"the update to version {version}", error) from None
-        return checksum(parts), spent, scores
+        return sent, spent, scores
+
+    def _give(self, shards: Sequence[Shard], version: int) -> tuple[str, list[Expected], dict[str, float]]:
+        from lpexp.precision.wire import checksum, thaw
+        from lpexp.rollout.dispatch import stored_parts
+        from lpexp.rollout.sglang.held import expectations
+
+        spec = self.spec
+        parts: dict[str, Parts] = {}
+        for one in shards:
+            parts |= stored_parts(one) if isinstance(one, str) else {name: thaw(raw) for name, raw in one.items()}
+        spent = self.transport.send(self.client, parts, version)
+        on = spec.on(self.exp)
+        return checksum(parts), expectations(parts, self.model, self.exp.wire, on, spec.gpus_per_engine, spec.ep), spent
+
+    def _receive(self, sent: Announced, version: int) -> dict[str, float]:
+        """Have the server take what a trainer's rank sends meanwhile."""
+        timeout_s, begin, name = self.spec.update_timeout_s, time.perf_counter(), sent.meeting.name
+        if self.joined != name:
+            if self.joined is not None:
+                self.client.leave(self.joined)
+            self.client.join(sent.meeting.joining(self.index), timeout_s)
+            self.joined = name
+        joined = time.perf_counter()
+        self.client.begin(timeout_s)
+        for number, bucket in enumerate(sent.buckets, 1):
+            self.client.receive(name, bucket, version if number == len(sent.buckets) else None, timeout_s)
+        self.client.end(timeout_s)
+        return {"transfer": joined - begin, "load": time.perf_counter() - joined}
+
+    def _compare(self, expected: Sequence[Expected], reported: Sequence[Mapping[str, str]], version: int) -> None:
+        """RunError that names the class and the first tensor in which the server holds what was not sent."""
+        if len(reported) != len(expected):
+            raise EngineLost(f"{len(reported)} ranks report what they hold, the server has {len(expected)}")
+        compared = 0
+        for wanted, told in zip(expected, reported, strict=True):
+            for name, (wants, what) in wanted.items():
+                compared += name in told
+                if told.get(name, wants) != wants:
+                    raise RunError(
+                        f"weights of version {version}: engine {self.index} holds another {name} than was sent ({what})"
+                    )
+        if not compared:
+            raise RunError(f"engine {self.index} reports nothing that can be compared: {sorted(reported[0])[:5]}")
+        if not self.compared:
+            self.compared = True
+            everything = sum(len(told) for told in reported)
+            with self.server.log.open("a") as file:
+                file.write(f"lpexp: {compared} of {everything} parameters are compared after every update\n")
+
+    def rest(self) -> None:
+        """Give the GPUs' memory back until the next load; nothing may be owed."""
+        if self.resting:
+            return
+        self._alive()
+        try:
+            with self._watching().suspended():
+                self.client.flush()
+                self.client.release(RESTING)
+        except (Unreachable, Refused) as error:
+            raise self._lost("the release of its memory", error) from None
+        self.resting = True
 
     def _score_canary(self) -> np.ndarray:
         """The canary's log-probabilities; RunError where the server decodes otherwise than it reads."""
@@ -144,28 +216,6 @@ class SglangEngine:
                 f"{decoded:.2g} nat a token, the limit is {limit:.2g}"
             )
         return read[: sum(len(tokens) - 1 for tokens in self.canary)]
-
-    def _compare(self, parts: Mapping[str, Parts], reported: Sequence[Mapping[str, str]], version: int) -> None:
-        """RunError that names the class and the first tensor in which the server holds what was not sent."""
-        from lpexp.rollout.sglang.held import hash_of, held
-
-        spec, compared = self.spec, 0
-        if len(reported) != spec.gpus_per_engine:
-            raise EngineLost(f"{len(reported)} ranks report what they hold, the server has {spec.gpus_per_engine}")
-        for rank, told in enumerate(reported):
-            for name, params, tensor in held(parts, self.model, self.exp.wire, rank, spec.gpus_per_engine, spec.ep):
-                if name not in told:
-                    continue
-                compared += 1
-                if told[name] != hash_of(tensor, spec.on(self.exp)):
-                    raise RunError(different(self.index, version, name, params))
-        if not compared:
-            raise RunError(f"engine {self.index} reports nothing that can be compared: {sorted(reported[0])[:5]}")
-        if not self.compared:
-            self.compared = True
-            everything = sum(len(told) for told in reported)
-            with self.server.log.open("a") as file:
-                file.write(f"lpexp: {compared} of {everything} parameters are compared after every update\n")
 
     # -- samples ---------------------------------------------------------------------------------------------------
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> tuple[list[Group], float]:
@@ -194,7 +244,7 @@ class SglangEngine:
         for attempt in range(ASKS):
             left = [g for g in range(sampling.samples) if g not in done]
             names = [f"{call}.{prompt.id}.{g}.{attempt}" for g in left]
-            longest = self.exp.task.max_response
+            longest = sampling.max_response or self.exp.task.max_response
             try:
                 answers = self.client.generate(
                     prompt.tokens, names, sampling, longest, self.stop_id, self.spec.generate_timeout_s
@@ -245,20 +295,13 @@ class SglangEngine:
 
 def address(exp: Experiment) -> str:
     """Where a server listens: loopback on one machine, the node's own address in a cluster of several."""
+    from lpexp.rollout.sglang.broadcast import LOOPBACK
+
     if exp.cluster.nodes == 1:
-        return "127.0.0.1"
+        return LOOPBACK
     import ray
 
     return ray.util.get_node_ip_address()
-
-
-def different(engine: int, version: int, name: str, params: Sequence[Param]) -> str:
-    """What to say of a parameter that is not what was sent."""
-    kinds = ", ".join(dict.fromkeys(param.kind for param in params))
-    return (
-        f"weights of version {version}: engine {engine} holds another {name} than was sent "
-        f"(class {kinds}; {params[0].name}{' and others' if len(params) > 1 else ''})"
-    )
 
 
 class Watch:

@@ -61,13 +61,34 @@ def place(param: Param, model: Model) -> Place:
     return Place(param.name)
 
 
+Expected = dict[str, tuple[str, str]]  # parameter of a server -> its hash, and the class and name of what it is made of
+
+
+def expectations(
+    parts: Mapping[str, Parts], model: Model, precision: Precision, device: str, tp: int, ep: int
+) -> list[Expected]:
+    """What each rank of a server must report, where that can be told."""
+    return [
+        {
+            name: (hash_of(tensor, device), f"{_kinds(params)}: {params[0].name}{' ...' if len(params) > 1 else ''}")
+            for name, params, tensor in held(parts, model, precision, rank, tp, ep)
+        }
+        for rank in range(tp)
+    ]
+
+
+def _kinds(params: Sequence[Param]) -> str:
+    return ", ".join(dict.fromkeys(param.kind for param in params))
+
+
 def held(
     parts: Mapping[str, Parts], model: Model, precision: Precision, rank: int = 0, tp: int = 1, ep: int = 1
 ) -> Iterator[tuple[str, list[Param], Tensor]]:
     """(parameter of the server, the tensors it is made of, what a rank holds), where that can be told."""
     import torch
 
-    moe, made_of = model.moe is not None, dict[str, list[tuple[Place, Param]]]()
+    moe = model.moe is not None
+    made_of: dict[str, list[tuple[Place, Param]]] = {}
     for param in model.params():
         if param.name in parts:
             made_of.setdefault(place(param, model).name, []).append((place(param, model), param))

@@ -10,6 +10,7 @@ from lpexp.trainer.group import TrainerGroup
 if TYPE_CHECKING:
     from lpexp.cluster import Future, Workers
     from lpexp.experiment import Experiment
+    from lpexp.rollout import Rollout
     from lpexp.trainer.megatron import MegatronTrainerSpec
 
 
@@ -31,7 +32,7 @@ class MegatronTrainer(TrainerGroup):
         super().restore(directory)
         self.buckets = self.all("count_buckets")[0]
 
-    def ship(self, version: int) -> tuple[list[Any], Future, list[Future]]:
+    def ship(self, rollout: Rollout, version: int) -> tuple[list[Any], Future, list[Future]]:
         first, *rest = self.ranks
         bulks, others = [], []
         for bucket in range(self.buckets):
