@@ -22,10 +22,13 @@ def repo() -> Path:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """GPU tests that were asked for and cannot run are an error that says what is missing, never a skip."""
+    """Tests of a lane that were asked for and cannot run are an error that says what is missing, never a skip."""
     asked = sum(item.get_closest_marker("gpu") is not None for item in session.items)
     if asked and (lacking := gpu_missing()):
         raise pytest.UsageError(f"{asked} GPU tests cannot run: {lacking}")
+    served = sum(item.get_closest_marker("sglang") is not None for item in session.items)
+    if served and (lacking := sglang_missing()):
+        raise pytest.UsageError(f"{served} tests of a real SGLang server cannot run: {lacking}")
 
 
 def gpu_missing() -> str | None:
@@ -39,3 +42,11 @@ def gpu_missing() -> str | None:
     if not torch.cuda.is_available():
         return f"torch {torch.__version__} speaks CUDA {torch.version.cuda}, but sees no NVIDIA card with its driver"
     return None
+
+
+def sglang_missing() -> str | None:
+    """One sentence on what this machine lacks for the tests with a real SGLang server, or None."""
+    from lpexp.rollout.sglang import built
+
+    done = built().parents[1] / ".installed"
+    return None if done.exists() else f"SGLang's environment is not there ({done}); type: make sglang-env"

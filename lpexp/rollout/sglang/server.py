@@ -80,6 +80,7 @@ class Server:
 
     def _keep_log(self) -> None:
         with self.log.open("a") as file:
+            file.write(f"lpexp: server of process {self.pid}, port {self.port}\n")
             for raw in self._process.output:
                 line = raw.decode(errors="replace").replace(self.key, HIDDEN).rstrip()
                 self.lines.append(line)

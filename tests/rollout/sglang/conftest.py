@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import stat
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -96,3 +98,32 @@ def opened(tmp_path: Path) -> Iterator[Callable[..., Opened]]:
     yield make
     for one in made:
         one.close()
+
+
+# -- what a real server needs ------------------------------------------------------------------------------------------
+
+LOCKED = next(
+    line.partition("==")[2].strip()
+    for line in (ROOT / "requirements-sglang.lock").read_text().splitlines()
+    if line.startswith("sglang==")
+)
+DRIVER = """
+int cuInit(unsigned flags) { return 100; }
+int cuDriverGetVersion(int *version) { *version = 0; return 100; }
+int cuPointerGetAttribute(void *data, int attribute, unsigned long long pointer) { return 201; }
+"""
+
+
+def driver_library(folder: Path) -> str:
+    """LD_LIBRARY_PATH with which SGLang's kernels can be imported where no NVIDIA driver is: they link its library.
+
+    Three functions that answer "no device" are enough for the dynamic linker; no code of a GPU ever runs.
+    """
+    found = subprocess.run(["ldconfig", "-p"], capture_output=True, text=True, check=True).stdout
+    paths = os.environ.get("LD_LIBRARY_PATH", "")
+    if "libcuda.so.1" in found:
+        return paths
+    source = folder / "driver.c"
+    source.write_text(DRIVER)
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", folder / "libcuda.so.1", source], check=True)
+    return f"{folder}:{paths}" if paths else str(folder)
