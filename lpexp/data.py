@@ -113,7 +113,7 @@ class LearnReport:
     lp_C: np.ndarray  # float32: in the last gradient forward that saw the sample
     entropy: np.ndarray  # float32: full-vocabulary entropy under lp_P's weights, at the sampling temperature
     weights: np.ndarray  # float32: correction weight w' (0 = removed)
-    lp_ref: np.ndarray | None  # float32: the KL reference's, or None
+    more: dict[str, np.ndarray]  # float32, what not every run has: lp_ref with a KL reference, ...
     version: int  # newest weight version before the step
     scalars: dict[str, float]
     seconds: dict[str, float]

@@ -25,8 +25,7 @@ def save(run_dir: Path, report: LearnReport, keep: int) -> None:
     folder.mkdir(exist_ok=True)
     arrays = {name: value for name, value in vars(report.batch).items() if isinstance(value, np.ndarray)}
     arrays |= {name: getattr(report, name) for name in ("lp_T", "lp_P", "lp_C", "entropy", "weights")}
-    if report.lp_ref is not None:
-        arrays["lp_ref"] = report.lp_ref
+    arrays |= report.more
     path = folder / f"{report.batch.step:06d}.safetensors"
     made = path.with_suffix(".tmp")
     facts = {"step": str(report.batch.step), "version": str(report.version), "group_size": str(report.batch.group_size)}
@@ -37,7 +36,7 @@ def save(run_dir: Path, report: LearnReport, keep: int) -> None:
 
 
 def load(path: Path) -> tuple[Batch, dict[str, np.ndarray]]:
-    """The batch of a step, and what the trainer found: lp_T, lp_P, lp_C, entropy, weights."""
+    """The batch of a step, and what the trainer found: lp_T, lp_P, lp_C, entropy, weights and all of `more`."""
     from safetensors import safe_open
 
     with safe_open(path, "numpy") as file:

@@ -37,8 +37,8 @@ def learn_metrics(
         "train/entropy": report.entropy[mask].astype(np.float64).mean(),
         "train/entropy_sampled": -report.lp_C[mask].astype(np.float64).mean(),
     }
-    if report.lp_ref is not None:
-        found["train/kl_ref_k3"] = k3(_gap(report.lp_ref, report.lp_C, mask)).mean()
+    if "lp_ref" in report.more:
+        found["train/kl_ref_k3"] = k3(_gap(report.more["lp_ref"], report.lp_C, mask)).mean()
     twice = sorted(set(found) & set(report.scalars))
     assert not twice, f"the trainer reports {twice}, which are computed from its arrays"
     return {key: plain(value) for key, value in (found | report.scalars).items()}

@@ -646,7 +646,7 @@ class EmbeddedLearning:
             lp_C=arrays["lp_C"],
             entropy=arrays["entropy"],
             weights=arrays["weights"],
-            lp_ref=arrays.get("lp_ref"),
+            more={name: array for name, array in arrays.items() if name not in LearnReport.__dataclass_fields__},
             version=self.version,
             scalars=scalars,
             seconds=seconds | {"learn": time.perf_counter() - self.begin - seconds["recompute"]},

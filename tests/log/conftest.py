@@ -79,7 +79,7 @@ def learned(seed: int, gap: float) -> LearnReport:
         lp_C=lp,
         entropy=rng.exponential(1, mask.shape).astype(np.float32),
         weights=mask.astype(np.float32),
-        lp_ref=None,
+        more={},
         version=seed,
         scalars={"train/loss": float(rng.standard_normal()), "train/lr": 2e-4},
         seconds={"recompute": 0.0, "optimizer": 0.0},

@@ -54,7 +54,7 @@ def make_report(
         lp_C=lp_P if lp_C is None else lp_C.astype(np.float32),
         entropy=np.ones(mask.shape, np.float32) if entropy is None else entropy.astype(np.float32),
         weights=mask.astype(np.float32) if weights is None else weights.astype(np.float32),
-        lp_ref=None if lp_ref is None else lp_ref.astype(np.float32),
+        more={} if lp_ref is None else {"lp_ref": lp_ref.astype(np.float32)},
         version=version,
         scalars=scalars or {},
         seconds={},
@@ -107,7 +107,7 @@ def padded() -> Callable[..., LearnReport]:
 
         batch = Batch(**{name: wide(held) for name, held in vars(report.batch).items()})
         fields: dict[str, Any] = {field.name: wide(getattr(report, field.name)) for field in dataclasses.fields(report)}
-        fields["batch"] = batch
+        fields |= {"batch": batch, "more": {name: wide(held) for name, held in report.more.items()}}
         return LearnReport(**fields)
 
     return pad
