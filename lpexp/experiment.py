@@ -107,7 +107,7 @@ class Experiment(Spec):
 
     @property
     def uses_reference(self) -> bool:
-        return self.algorithm.kl_coef > 0
+        return self.algorithm.uses_reference
 
     @rule
     def _precisions_fit(self) -> Iterator[Mistake]:

@@ -45,9 +45,11 @@ from typing import TYPE_CHECKING, Any
 
 from lpexp import journal
 from lpexp.console import Console, served_first, side
+from lpexp.correction import Gap
 from lpexp.data import Group, LearnReport, Metrics, SyncReport
 from lpexp.errors import RunError
 from lpexp.metric import find
+from lpexp.metric.correction import correction_metrics
 from lpexp.metric.learn import learn_metrics
 from lpexp.metric.mismatch import mismatch_metrics, worst_tokens
 from lpexp.metric.reward import eval_metrics, response_metrics, reward_metrics
@@ -182,12 +184,13 @@ class Note:
         import torch
 
         exp, batch = self._log.exp, report.batch
-        lp_P, lp_R, mask = (torch.from_numpy(a) for a in (report.lp_P, batch.logprobs_rollout_NT, batch.mask_NT))
-        low, high = (cut.numpy() for cut in exp.correction.clipped(lp_P, lp_R, mask))
-        clip_low, clip_high = getattr(exp.algorithm, "clip_low", None), getattr(exp.algorithm, "clip_high", None)
-        bounds = None if clip_low is None or clip_high is None else (clip_low, clip_high)  # not every algorithm clips
-        self._add(mismatch_metrics(report.lp_T, batch.logprobs_rollout_NT, batch.mask_NT, report.entropy))
-        self._add(learn_metrics(report, bounds, low, high))
+        lp_R, mask = batch.logprobs_rollout_NT, batch.mask_NT
+        gap = Gap.of(batch, {**vars(report), **report.more})
+        weighed = exp.correction.weigh(gap, exp.correction.norm(gap))
+        kept, u = torch.from_numpy(mask & (report.weights > 0)), gap.moved.double()
+        self._add(mismatch_metrics(report.lp_T, lp_R, mask, report.entropy))
+        self._add(correction_metrics(weighed, report.lp_T, lp_R, mask, batch.rewards_N))
+        self._add(learn_metrics(report, exp.algorithm.clipped(u, gap.advantages, kept)))
         if worst := worst_tokens(report):
             self._add({"mismatch/worst_tokens": worst})
         self._learned = int(batch.mask_NT.sum())

@@ -35,9 +35,6 @@ class Algorithm(Spec):
     """Policy optimisation on groups of G samples a prompt, one or more optimiser steps a batch."""
 
     ABSTRACT: ClassVar[bool] = True
-    compares: ClassVar[bool] = True  # its baseline is the group, so that one sample a prompt would teach nothing
-    credits_tokens: ClassVar[bool] = False  # advantages differ within a sample: lpexp.algorithm.credit
-    critic: ClassVar[bool] = False  # a value head is trained beside the policy
     samples_per_prompt: int = Field(ge=1)  # G
     updates_per_batch: int = Field(
         default=1, ge=1
@@ -54,6 +51,11 @@ class Algorithm(Spec):
                 "samples_per_prompt",
                 f"{self.samples_per_prompt} makes every advantage 0 (a group's mean is its only reward); use 2 or more",
             )
+
+    @property
+    def compares(self) -> bool:
+        """Is its baseline the group, so that one sample a prompt would teach nothing?"""
+        return True
 
     @property
     def uses_reference(self) -> bool:
@@ -88,7 +90,7 @@ class Algorithm(Spec):
         All [n, T]; lp_C carries the gradient. `num_tokens` and `num_samples` count the whole optimiser batch over all
         ranks, so that summing the parts gives the loss however samples are split. Positions outside `mask` and tokens
         that the correction removed (weight 0) are cut out before any arithmetic, so that neither garbage nor NaN there
-        reaches the sum or the gradient. The parts, divided like the loss: "pg_loss" and, with a reference, "kl_penalty".
+        reaches the sum or the gradient. The parts, divided like the loss: "pg_loss", and "kl_penalty" if there is one.
         """
         import torch
 

@@ -1,4 +1,4 @@
-"""Credit for single tokens: what is known of the whole answer, told back to each of its tokens, whitened over the batch.
+"""Credit for single tokens: what an answer was worth, told back to each of its tokens and whitened over the batch.
 
 It needs every token of the batch scored before the first update: by the policy, by a reference where the reward is
 charged for leaving it, by a critic where there is one. The trainer does that and calls `credit`, then `whiten`.
@@ -32,8 +32,9 @@ class TokenCredit(ClippedSurrogate):
     """An algorithm whose advantages differ from token to token."""
 
     ABSTRACT: ClassVar[bool] = True
-    credits_tokens: ClassVar[bool] = True
-    kl_reward_coef: float = Field(0.0, ge=0)  # beta: each token's reward is charged beta (lp_P - lp_ref); 0: no reference
+    kl_reward_coef: float = Field(
+        0.0, ge=0
+    )  # beta: each token's reward is charged beta (lp_P - lp_ref); 0: no reference
     gamma: float = Field(1.0, gt=0, le=1)  # discount of a token
 
     @property

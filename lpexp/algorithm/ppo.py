@@ -8,7 +8,7 @@ PPO's first implementation.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic import Field
@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 
 
 class Ppo(TokenCredit):
-    compares: ClassVar[bool] = False
-    critic: ClassVar[bool] = True
     gae_lambda: float = Field(1.0, ge=0, le=1)
     critic_lr: float = Field(gt=0)
     value_clip: float = Field(0.2, gt=0)  # how far an update on a batch may move a value, in units of the reward
+
+    @property
+    def compares(self) -> bool:
+        return False
 
     def advantages(self, rewards_PG: np.ndarray) -> np.ndarray:
         """The rewards themselves; what a token is credited with is known once the critic has seen the batch."""

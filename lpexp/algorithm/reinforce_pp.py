@@ -31,7 +31,9 @@ class ReinforcePP(TokenCredit):
     @rule
     def _discount(self) -> Iterator[Mistake]:
         if self.baseline == "group" and self.gamma != 1:
-            yield Mistake("gamma", f"{self.gamma} is read by nobody: baseline=group credits all tokens alike; type gamma=1")
+            yield Mistake(
+                "gamma", f"{self.gamma} is read by nobody: baseline=group credits all tokens alike; type gamma=1"
+            )
 
     def advantages(self, rewards_PG: np.ndarray) -> np.ndarray:
         return (centred(rewards_PG) if self.baseline == "group" else rewards_PG).astype(np.float32)

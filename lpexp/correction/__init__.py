@@ -38,7 +38,7 @@ class Weighed(NamedTuple):
     high: Tensor  # bool: the weight was cut to a bound
     clamped: Tensor  # bool: the log-ratio was held at +-20 before exp
     removed: dict[str, Tensor]  # part -> bool: the tokens that it took out; several may name the same token
-    norm: float  # the mean that the weights were divided by; 1 without normalisation
+    norm: float | None  # the mean that the weights were divided by; None: there is no normalisation
 
 
 class Correction(Spec):
@@ -65,7 +65,9 @@ class Correction(Spec):
     @rule
     def _observed(self) -> Iterator[Mistake]:
         if self.observe and self.name == "none":
-            yield Mistake("observe", "true, but there is nothing to observe; type false, or choose e.g. correction=tis_token")
+            yield Mistake(
+                "observe", "true, but there is nothing to observe; type false, or choose e.g. correction=tis_token"
+            )
 
     @property
     def name(self) -> str:
@@ -81,7 +83,7 @@ class Correction(Spec):
 
         none = torch.zeros_like(gap.mask)
         if self.importance is None:
-            found = Weighed(gap.mask.float(), none, none, gap.delta.abs() > gap.MOST, {}, 1.0)
+            found = Weighed(gap.mask.float(), none, none, gap.delta.abs() > gap.MOST, {}, None)
         else:
             found = self.importance.weigh(gap)
         return _without(found, self._removals(*EARLY), gap)

@@ -25,6 +25,5 @@ class Dppo(Spec):
 
     def removes(self, gap: Gap) -> Tensor:
         """[n, T]"""
-        assert gap.lp_C is not None and gap.advantages is not None
         moved = gap.lp_C.double().exp() - gap.lp_R.double().exp()
         return ((moved > self.prob_up) & (gap.advantages > 0)) | ((moved < -self.prob_down) & (gap.advantages < 0))

@@ -34,7 +34,9 @@ class Importance(Spec):
     def _bounds(self) -> Iterator[Mistake]:
         if self.outside == "truncate" and self.ratio_min is not None:
             way = "type ratio_min=null, or outside=clip"
-            yield Mistake("ratio_min", f"{self.ratio_min} is read by nobody: outside=truncate only cuts from above; {way}")
+            yield Mistake(
+                "ratio_min", f"{self.ratio_min} is read by nobody: outside=truncate only cuts from above; {way}"
+            )
         if self.outside != "truncate" and self.ratio_min is None:
             way = "type a ratio between 0 and 1, e.g. 0.5, or outside=truncate"
             yield Mistake("ratio_min", f"is null, so outside={self.outside} would have no lower bound; {way}")
@@ -58,8 +60,8 @@ class Importance(Spec):
         none = torch.zeros_like(gap.mask)
         if self.outside == "mask":
             removed = (under | over) & gap.mask
-            return Weighed(torch.where(removed, 0.0, ratio) * gap.mask, none, none, clamped, {"outside": removed}, 1.0)
+            return Weighed(torch.where(removed, 0.0, ratio) * gap.mask, none, none, clamped, {"outside": removed}, None)
         weights = ratio.clamp(self.ratio_min, self.ratio_max) * gap.mask
         low = (under | (log_ratio < -gap.MOST)) & gap.mask
         high = (over | (log_ratio > gap.MOST)) & gap.mask
-        return Weighed(weights, low, high, clamped, {}, 1.0)
+        return Weighed(weights, low, high, clamped, {}, None)

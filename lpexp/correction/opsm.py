@@ -32,6 +32,6 @@ class Opsm(Spec):
 
     def removes(self, gap: Gap) -> Tensor:
         """[n, 1]"""
-        assert gap.lp_C is not None and gap.advantages is not None
+        assert self.delta is not None
         old = gap.lp_R if self.reference == "rollout" else gap.lp_T
         return (gap.total(gap.advantages) < 0) & (gap.mean(old - gap.lp_C) > self.delta)

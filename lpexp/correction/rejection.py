@@ -33,18 +33,26 @@ class Rejection(Spec):
     @rule
     def _bounds(self) -> Iterator[Mistake]:
         read = ("ratio_min", "ratio_max") if self.estimator == "k1" else ("kl_max",)
-        why = {"ratio_min": "0.5", "ratio_max": "2.0", "kl_max": "0.01 for k3 at seq_mean; published values span 0.01 to 2"}
+        why = {
+            "ratio_min": "0.5",
+            "ratio_max": "2.0",
+            "kl_max": "0.01 for k3 at seq_mean; published values span 0.01 to 2",
+        }
         for key, example in why.items():
             value = getattr(self, key)
             if key in read and value is None:
                 yield Mistake(key, f"must be set: {self.estimator} is held against it; e.g. {example}")
             if key not in read and value is not None:
-                yield Mistake(key, f"{value} is read by nobody: {self.estimator} is held against {' and '.join(read)}; type null")
+                yield Mistake(
+                    key, f"{value} is read by nobody: {self.estimator} is held against {' and '.join(read)}; type null"
+                )
 
     @rule
     def _signed(self) -> Iterator[Mistake]:
         if self.estimator == "k1" and self.at == "seq_max":
-            yield Mistake("at", "seq_max of k1 would see one sign only; use token, seq_sum or seq_mean, or estimator=k3")
+            yield Mistake(
+                "at", "seq_max of k1 would see one sign only; use token, seq_sum or seq_mean, or estimator=k3"
+            )
 
     @property
     def name(self) -> str:
@@ -61,6 +69,8 @@ class Rejection(Spec):
         elif self.at != "token":
             x = gap.total(x) if self.at == "seq_sum" else gap.mean(x)
         if self.estimator != "k1":
+            assert self.kl_max is not None
             return x > self.kl_max
+        assert self.ratio_min is not None and self.ratio_max is not None
         ratio = x.clamp(-gap.MOST, gap.MOST).exp()
         return (ratio < self.ratio_min) | (ratio > self.ratio_max)

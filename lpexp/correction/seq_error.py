@@ -32,5 +32,6 @@ class SeqError(Spec):
 
     def removes(self, gap: Gap) -> Tensor:
         """[n, 1]"""
+        assert self.error_max is not None
         error = (gap.lp_T - gap.lp_R).double().abs().exp() * gap.mask
         return gap.mean(error) > self.error_max

@@ -4,13 +4,14 @@ Signs: lp_R the sampled token's log-prob from the rollout engine; lp_T the train
 lp_P under the newest weights before the first optimiser step on the batch; lp_C of the gradient forward.
 d = lp_T - lp_R (numerics), v = lp_P - lp_T (staleness), u = lp_C - lp_P (update), so lp_C - lp_R = u + v + d.
 w' is the correction weight; A the advantage; s a sequence. <x> is the mean over the valid tokens of the whole global
-batch, <x>_s over its sequences; valid: a response token. kept: valid with w' > 0, used by update/* and train/*.
+batch, <x>_s over its sequences; valid: a response token. kept: valid and not removed from the loss, used by update/*
+and train/*. correction/* tells what the correction would do, even if it is only observed.
 Aggregations: T token mean, S sequence mean, X extreme, Q quantile, N count, F fraction, - other.
 A volatile key (times, speeds, memory) may differ between two equal runs; `lpexp compare --exact` skips it.
 
 An empty mask makes a key absent, never 0; nothing is clamped unless the formula says so; a non-finite log-prob fails
 the step. Left out until what they measure exists: routing/*, mismatch/attribution/*, throughput/mfu_*,
-staleness/dropped_samples, and the correction keys of veto, opsm and batch normalisation.
+staleness/dropped_samples.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ def _bins(where: str, bins: str) -> tuple[Metric, ...]:
         Metric(f"{at}/kl_share", "sum of k3 in the bin / sum of k3", "1", "F", f"The bin's part of the gap; {bins}."),
     )
 
+
+_RATIO = "r = exp(u), or the answer's where the algorithm compares answers."
 
 METRICS: tuple[Metric, ...] = (
     # -- mismatch: same weights, two engines --------------------------------------------------------------------------
@@ -105,21 +108,32 @@ METRICS: tuple[Metric, ...] = (
     Metric("correction/masked_token_frac", "share of w' = 0", "1", "F", "Tokens removed."),
     Metric("correction/masked_seq_frac", "share of sequences with no w' > 0", "1", "F", "Sequences removed entirely."),
     Metric("correction/masked_correct_frac", "removed sequences with reward >= 1", "1", "F", "Good ones among them."),
-    Metric("correction/logratio_clamped_frac", "share of |lp_P - lp_R| > 20", "1", "F", "Clamped before exp."),
+    Metric("correction/veto_frac", "sequences with a vetoed token", "1", "F", "Removed by veto; of all sequences."),
+    Metric("correction/seq_error_frac", "share of mean_t exp(|d|) > bound", "1", "F", "Sequences out by seq_error."),
+    Metric("correction/opsm_frac", "share of A_s < 0, left by > delta", "1", "F", "Sequences removed by opsm."),
+    Metric("correction/reject_frac", "tokens outside the rejection's bounds", "1", "F", "Removed, alone or with all."),
+    Metric("correction/outside_frac", "tokens outside the weight's bounds", "1", "F", "Removed by outside=mask."),
+    Metric("correction/dppo_frac", "tokens that moved far, as A asks", "1", "F", "Tokens removed by dppo."),
+    Metric("correction/norm_factor", "<w'> before normalisation", "1", "T", "What batch_normalise divides by."),
+    Metric("correction/logratio_clamped_frac", "share of |log w| > 20", "1", "F", "Clamped before exp, at w's level."),
     Metric("correction/kl_k3_kept", "k3 of d over kept tokens", "nat", "T", "The gap that the loss still sees."),
     Metric("correction/kl_k3_removed", "k3 of d over removed tokens", "nat", "T", "The gap that was taken out."),
     # -- update and train ---------------------------------------------------------------------------------------------
     Metric("update/kl_k3", "<exp(u) - 1 - u>", "nat", "T", "How far the batch's own updates moved the policy."),
     Metric("update/ratio_mean", "<exp(u)>", "1", "T", "PPO ratio, mean."),
     Metric("update/ratio_max", "max exp(u)", "1", "X", "PPO ratio, largest."),
-    Metric("update/clip_frac_high_pos", "of A > 0: exp(u) > 1 + eps_high", "1", "F", "Binding: gradient zero."),
-    Metric("update/clip_frac_low_neg", "of A < 0: exp(u) < 1 - eps_low", "1", "F", "Binding: gradient zero."),
-    Metric("update/clip_frac_low_pos", "of A > 0: exp(u) < 1 - eps_low", "1", "F", "Not binding: drift only."),
-    Metric("update/clip_frac_high_neg", "of A < 0: exp(u) > 1 + eps_high", "1", "F", "Not binding: drift only."),
-    Metric("update/clip_frac", "binding tokens / kept tokens", "1", "F", "Share of tokens without a gradient."),
+    Metric("update/clip_frac_high_pos", "of A > 0: r > 1 + eps_high", "1", "F", f"Binding: gradient zero. {_RATIO}"),
+    Metric("update/clip_frac_low_neg", "of A < 0: r < 1 - eps_low", "1", "F", f"Binding: gradient zero. {_RATIO}"),
+    Metric("update/clip_frac_low_pos", "of A > 0: r < 1 - eps_low", "1", "F", f"Not binding: drift only. {_RATIO}"),
+    Metric("update/clip_frac_high_neg", "of A < 0: r > 1 + eps_high", "1", "F", f"Drift only, but in CISPO. {_RATIO}"),
+    Metric("update/clip_frac", "binding tokens / kept tokens", "1", "F", "No gradient; in CISPO, a cut one."),
     Metric("train/loss", "the optimised total", "1", "-", "Loss of the step; mean of its optimiser steps."),
     Metric("train/pg_loss", "policy part of the loss", "1", "-", "Loss without the penalty."),
     Metric("train/kl_penalty", "KL-to-reference part, after its coefficient", "1", "-", "The penalty in the loss."),
+    Metric("train/value_loss", "<max((V - R)^2, (V held near its old - R)^2) / 2>", "1", "T", "The critic's loss."),
+    Metric("train/value_mean", "<V>", "1", "T", "What the critic expected of a state, before it learned."),
+    Metric("train/return_mean", "<R>, R = advantage before whitening + V", "1", "T", "What it learns to expect."),
+    Metric("train/value_explained_var", "1 - var(R - V) / var(R)", "1", "T", "1: a perfect critic; 0: a constant."),
     Metric("train/kl_ref_k3", "<exp(x) - 1 - x>, x = lp_ref - lp_C", "nat", "T", "Distance to the reference."),
     Metric("train/entropy", "<-sum_v p_v ln p_v>", "nat", "T", "Full vocabulary, at the sampling temperature."),
     Metric("train/entropy_sampled", "<-lp_C>", "nat", "T", "The cheap stand-in, beside it."),

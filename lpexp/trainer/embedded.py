@@ -19,10 +19,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import Field
 
+from lpexp.algorithm.ppo import Ppo
 from lpexp.config import rule
 from lpexp.data import Batch, LearnReport, Param, SyncReport
 from lpexp.errors import Mistake, RunError
 from lpexp.trainer import TrainerSpec
+from lpexp.trainer.adamw import Moments, adamw
+from lpexp.trainer.critic import Critic
+from lpexp.trainer.policy import foresee, needs_whole_batch, policy_loss, settle
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -38,6 +42,7 @@ if TYPE_CHECKING:
 MOST_PARAMS_CPU, MOST_PARAMS_GPU = 1_000_000_000, 8_000_000_000  # 16 bytes each: what a laptop, and one large GPU, hold
 WEIGHTS, PREVIOUS, REFERENCE = "weights.safetensors", "previous.safetensors", "reference.safetensors"
 MASTER, OPTIMIZER, TRAINER = "master.safetensors", "optimizer.safetensors", "trainer.json"
+CRITIC = "critic.safetensors"
 
 
 class EmbeddedTrainerSpec(TrainerSpec):
@@ -173,6 +178,8 @@ class EmbeddedRank:
         for name, tensor in load_tensors(at / OPTIMIZER).items():
             getattr(self, name).copy_(tensor)
         self.version, self.updates = state["version"], state["updates"]
+        if self.critic is not None:
+            self.critic.load(load_tensors(at / CRITIC))
         if (at / PREVIOUS).exists():
             self.previous = {k: v.to(self.device) for k, v in load_tensors(at / PREVIOUS).items()}
         if (at / REFERENCE).exists():
@@ -188,6 +195,10 @@ class EmbeddedRank:
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
         self.updates = self.version = 0
         self.previous = None
+        self.critic = None
+        if isinstance(self.exp.algorithm, Ppo):
+            made = (self.model.hidden_size, self.spec.betas, self.spec.eps, self.device)
+            self.critic = Critic(self.exp.algorithm, *made)
         self._renew()
 
     def _refer(self, tensors: dict[str, Tensor]) -> None:
@@ -198,12 +209,14 @@ class EmbeddedRank:
         )
 
     def save(self, directory: str) -> None:
-        """Masters, moments, the weights one version back and the reference, as safetensors; counters as JSON."""
+        """Masters, moments, critic, the weights one version back, the reference, as safetensors; counters as JSON."""
         from lpexp.checkpoint import save_tensors
 
         at = Path(directory)
         save_tensors(at / MASTER, self.masters())
         save_tensors(at / OPTIMIZER, {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq})
+        if self.critic is not None:
+            save_tensors(at / CRITIC, self.critic.state())
         if self.previous is not None:
             save_tensors(at / PREVIOUS, self.previous)
         if self.reference is not None:
@@ -297,32 +310,41 @@ class EmbeddedRank:
         begin = time.perf_counter()
         shares = self._shares(len(batch))  # per update: the rows of each of this rank's micro-batches
         stale = bool((batch.versions_N < self.version).any())
-        ahead = algorithm.updates_per_batch > 1 or stale
+        whole_batch = needs_whole_batch(exp)
+        ahead = algorithm.updates_per_batch > 1 or stale or whole_batch
         found = Found(batch)
         if ahead:  # later updates and stale samples need the log-probabilities from before the first update
+            sums = []
             with torch.no_grad():
                 for start, stop in (rows for update in shares for rows in update):
                     part = batch.rows(start, stop)
-                    lp_P, entropy = self._score(self.weights, part)
+                    lp_P, entropy, states = self._score(self.weights, part)
                     found.put("lp_P", start, lp_P)
                     found.put("entropy", start, entropy)
                     found.put("lp_T", start, self._score(self._sampled_by(part), part)[0] if stale else lp_P)
+                    if self.reference is not None:
+                        found.put("lp_ref", start, self._score(self.reference, part)[0])
+                    if self.critic is not None:
+                        found.put("values", start, self.critic.values(states))
+                    if whole_batch:
+                        sums.append(foresee(exp, part, found, start, self.device))
+            if whole_batch:
+                settle(exp, found, self._summed(tree_sum(sums)))
         recompute = time.perf_counter() - begin
         if exp.lag:
             self.previous = {name: leaf.detach().clone() for name, leaf in self.weights.leaves.items()}
-        sums: dict[str, float] = {}
+        terms: dict[str, float] = {}
         norms, clipped, optimizer_s = [], 0, 0.0
         for u, update in enumerate(shares):
             rows = self._update_rows(len(batch), u)
             whole = batch.rows(*rows)
             num_tokens = int(whole.mask_NT.sum())
-            grads = []
+            grads, heads = [], []
             for start, stop in update:
                 part = batch.rows(start, stop)
-                terms = self._backward(part, found, start, ahead, num_tokens, len(whole))
+                for name, value in self._backward(part, found, start, ahead, num_tokens, len(whole), heads).items():
+                    terms[name] = terms.get(name, 0.0) + value
                 grads.append(self._flat_grad())
-                for name, value in terms.items():
-                    sums[name] = sums.get(name, 0.0) + value
             gradient = self._reduced(tree_sum(grads))
             mark = time.perf_counter()
             norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
@@ -334,11 +356,13 @@ class EmbeddedRank:
             norms.append(norm)
             lr = self._adam(gradient * min(1.0, self.spec.clip_grad / (norm + 1e-6)))
             self._renew()
+            if self.critic is not None:
+                self.critic.step(self._summed(tree_sum(heads)))
             optimizer_s += time.perf_counter() - mark
         self.version += 1
         return {
             "found": found.mine(shares),
-            "sums": sums,
+            "sums": terms,
             "grad_norm": float(np.mean(norms)),
             "grad_clip_frac": clipped / len(norms),
             "lr": lr,
@@ -379,8 +403,8 @@ class EmbeddedRank:
             self._frozen = (int(versions[0]), TrainWeights(self.model, self.exp.precision, self.previous))
         return self._frozen[1]
 
-    def _score(self, weights: TrainWeights, part: Batch) -> tuple[Tensor, Tensor]:
-        """Log-probability and entropy of each response token: two float32 vectors over part.mask_NT's tokens."""
+    def _score(self, weights: TrainWeights, part: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each of part.mask_NT's tokens: log-probability, entropy, the hidden state [H] that it was drawn from."""
         import torch
 
         from lpexp.model.decoder import token_logprobs
@@ -388,38 +412,36 @@ class EmbeddedRank:
         view = Shared(part)
         prompts, answers, owner, lengths, before, tokens = (torch.from_numpy(a).to(self.device) for a in view.arrays)
         hidden = self.decoder.continued(weights, prompts, answers, owner, lengths)
-        logits = self.decoder.head(weights, hidden[before])  # of the token before each response token
-        return token_logprobs(logits, tokens, self.exp.rollout.temperature)
+        states = hidden[before]  # of the token before each response token
+        return *token_logprobs(self.decoder.head(weights, states), tokens, self.exp.rollout.temperature), states
 
     def _backward(
-        self, part: Batch, found: Found, start: int, ahead: bool, num_tokens: int, num_samples: int
+        self,
+        part: Batch,
+        found: Found,
+        start: int,
+        ahead: bool,
+        num_tokens: int,
+        num_samples: int,
+        heads: list[Tensor],
     ) -> dict[str, float]:
-        """One micro-batch: forward, loss, gradients into the leaves; the loss terms."""
+        """One micro-batch: forward, loss, gradients into the leaves, a critic's into `heads`; the loss terms."""
         import torch
 
-        lp_flat, entropy = self._score(self.weights, part)
-        mask = torch.from_numpy(part.mask_NT).to(self.device)
-        if not ahead:
-            for name in ("lp_T", "lp_P"):
-                found.put(name, start, lp_flat.detach())
-            found.put("entropy", start, entropy)
-        found.put("lp_C", start, lp_flat.detach())
-        lp_C = torch.zeros(mask.shape, device=self.device).masked_scatter(mask, lp_flat)
-        lp_old = found.get("lp_P", part, start, self.device)
+        lp_flat, entropy, states = self._score(self.weights, part)
         lp_ref = None
-        if self.reference is not None:
+        if self.reference is not None and not ahead:
             with torch.no_grad():
-                found.put("lp_ref", start, self._score(self.reference, part)[0])
-            lp_ref = found.get("lp_ref", part, start, self.device)
-        lp_R = torch.from_numpy(part.logprobs_rollout_NT).to(self.device)
-        weights = self.exp.correction.weights(lp_old, lp_R, mask)
-        found.put("weights", start, weights[mask])
-        advantages = torch.from_numpy(part.advantages_N).to(self.device)
-        loss, terms = self.exp.algorithm.loss(
-            lp_C, lp_old, lp_ref, advantages, weights, mask, num_tokens, num_samples, self.exp.task.max_response
-        )
+                lp_ref = self._score(self.reference, part)[0]
+        scored = (lp_flat, entropy)
+        loss, parts = policy_loss(self.exp, part, found, start, scored, lp_ref, ahead, num_tokens, num_samples)
         loss.backward()
-        return {"loss": float(loss.detach()), **{name: float(value.detach()) for name, value in terms.items()}}
+        terms = {"loss": float(loss.detach()), **{name: float(value) for name, value in parts.items()}}
+        if self.critic is not None:
+            before, returns = (found.flat(name, part, start, self.device) for name in ("values", "returns"))
+            terms["value_loss"], head = self.critic.gradient(states, before, returns, num_tokens)
+            heads.append(head)
+        return terms
 
     def _flat_grad(self) -> Tensor:
         """The leaves' gradients as one flat float32 vector; the leaves are cleared."""
@@ -449,24 +471,25 @@ class EmbeddedRank:
             board[self.rank].copy_(gradient)
             torch.distributed.barrier()
             return tree_sum(list(board))
-        parts = [torch.empty_like(gradient) for _ in range(self.ranks)]
-        torch.distributed.all_gather(parts, gradient)
+        return self._summed(gradient)
+
+    def _summed(self, numbers: Tensor) -> Tensor:
+        """The ranks' vectors added in tree order."""
+        import torch
+
+        if self.ranks == 1:
+            return numbers
+        parts = [torch.empty_like(numbers) for _ in range(self.ranks)]
+        torch.distributed.all_gather(parts, numbers)
         return tree_sum(parts)
 
     def _adam(self, gradient: Tensor) -> float:
-        """One AdamW step on the flat masters (torch's own single-tensor rule); the learning rate used."""
-        import torch
-        from torch.optim._functional import adamw
-
+        """One AdamW step on the flat masters; the learning rate used."""
         self.updates += 1
         spec = self.spec
         lr = spec.lr * min(1.0, self.updates / spec.lr_warmup_steps) if spec.lr_warmup_steps else spec.lr
-        steps = torch.tensor(float(self.updates - 1))  # the rule counts it up by one
-        adamw(
-            [self.flat], [gradient], [self.exp_avg], [self.exp_avg_sq], [], [steps],
-            fused=True, foreach=False, amsgrad=False, beta1=spec.betas[0], beta2=spec.betas[1], lr=lr,
-            weight_decay=spec.weight_decay, eps=spec.eps, maximize=False,
-        )  # fmt: skip
+        moments = Moments(self.exp_avg, self.exp_avg_sq)
+        adamw(self.flat, gradient, moments, self.updates - 1, lr, spec.betas, spec.eps, spec.weight_decay)
         return lr
 
 
@@ -496,6 +519,7 @@ class Found:
     def __init__(self, batch: Batch):
         self.batch = batch
         self.arrays: dict[str, np.ndarray] = {}
+        self.norm = 1.0  # what correction weights are divided by
 
     def put(self, name: str, start: int, tokens: Tensor) -> None:
         """Values of consecutive response tokens, beginning with those of row `start`."""
@@ -506,10 +530,19 @@ class Found:
         rows = array[start:stop]
         rows[self.batch.mask_NT[start:stop]] = flat
 
-    def get(self, name: str, part: Batch, start: int, device: Any) -> Tensor:
+    def get(self, name: str, part: Batch, start: int, device: Any) -> Tensor | None:
+        """[n, T] of a micro-batch; None if nothing of that name was put."""
         import torch
 
+        if name not in self.arrays:
+            return None
         return torch.from_numpy(self.arrays[name][start : start + len(part)]).to(device)
+
+    def flat(self, name: str, part: Batch, start: int, device: Any) -> Tensor:
+        """As they were put: one number a response token."""
+        import torch
+
+        return torch.from_numpy(self.arrays[name][start : start + len(part)][part.mask_NT]).to(device)
 
     def mine(self, shares: list[list[tuple[int, int]]]) -> list[tuple[int, int, dict[str, np.ndarray]]]:
         """(start, stop, arrays of these rows) of every micro-batch of this rank."""
