@@ -9,13 +9,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from lpexp import compare, convert, evaluate, export, fetch
+from lpexp import compare, convert, evaluate, export, fetch, replay
 from lpexp.errors import ConfigError, RunError
 
 COMMANDS = (
     ("compare", compare, "two runs, side by side or bit for bit"),
     ("export", export, "a run's checkpoint as a Hugging Face directory, in any precision"),
     ("eval", evaluate, "checkpoints under several serving precisions, as a matrix"),
+    ("replay", replay, "what other corrections would have made of a run's stored batches"),
     ("convert", convert, "a Hugging Face directory in another precision"),
     ("fetch", fetch, "bring a real model's weights: smollm2_135m, or an org/name of the hub"),
 )

@@ -156,15 +156,16 @@ def judge(precision: Precision, model: Model, title: str) -> None:
 
 
 def chosen(group: str, words: Sequence[str], kind: type[S], flag: str) -> list[tuple[str, S]]:
-    """Cards of conf/GROUP and what is changed in each: ["A", "B", "key=32"] names two, A as it is."""
+    """Cards of conf/GROUP and what is changed in each: ["A", "B+C", "key=32"] names A, and C on top of B, changed."""
     cards: list[tuple[list[str], Any]] = []
     for word in words:
         key, equals, value = word.partition("=")
-        if not equals and word not in choices(group):
-            hint = meant(word, choices(group))
-            raise ConfigError(f"{flag}: there is no {word!r}{hint} there are {', '.join(choices(group))}")
         if not equals:
-            cards.append(([word], OmegaConf.create(read_choice(group, word))))
+            for name in word.split("+"):
+                if name not in choices(group):
+                    hint = meant(name, choices(group))
+                    raise ConfigError(f"{flag}: there is no {name!r}{hint} there are {', '.join(choices(group))}")
+            cards.append(([word], OmegaConf.merge(*(read_choice(group, name) for name in word.split("+")))))
         elif not cards:
             raise ConfigError(f"{flag}: {word} changes nothing yet; type {flag} NAME {word}")
         else:
@@ -179,7 +180,7 @@ def chosen(group: str, words: Sequence[str], kind: type[S], flag: str) -> list[t
 def _built(typed: list[str], card: Any, kind: type[S], flag: str) -> S:
     data: Any = OmegaConf.to_container(card)
     try:
-        return load(data, resolve(data["_target_"], kind))  # type: ignore[return-value]
+        return load(data, resolve(data["_target_"], kind) if "_target_" in data else kind)  # type: ignore[return-value]
     except ConfigError as error:
         named = [Mistake(f"{typed[0]}.{m.key}".rstrip("."), m.message) for m in error.mistakes]
         raise ConfigError(named, f"{flag} {' '.join(typed)} is wrong:") from None

@@ -89,8 +89,13 @@ class Correction(Spec):
         return _without(found, self._removals(*EARLY), gap)
 
     def norm(self, gap: Gap) -> float:
-        """The mean weight of the samples' valid tokens, removed ones counted as 0; 1 without normalisation."""
-        return float(self.before(gap).weights.double().sum() / gap.mask.sum()) if self.batch_normalise else 1.0
+        """The mean weight of all valid tokens, removed ones counted as 0; 1 without normalisation."""
+        return self.divisor(self.before(gap).weights.double().sum(), gap.mask.sum()) if self.batch_normalise else 1.0
+
+    @staticmethod
+    def divisor(total: Tensor, count: Tensor) -> float:
+        """Their mean from the sum of weights and the number of tokens; 1 where everything was removed."""
+        return float(total / count) or 1.0
 
     def weigh(self, gap: Gap, norm: float = 1.0) -> Weighed:
         """The whole correction; `norm` is that of the whole batch, whatever part of it `gap` is."""

@@ -306,46 +306,18 @@ class EmbeddedRank:
         """This rank's share of a batch: `updates_per_batch` optimiser steps. Arrays come back for its own rows only."""
         import torch
 
-        exp, algorithm = self.exp, self.exp.algorithm
+        exp = self.exp
         begin = time.perf_counter()
         shares = self._shares(len(batch))  # per update: the rows of each of this rank's micro-batches
-        stale = bool((batch.versions_N < self.version).any())
-        whole_batch = needs_whole_batch(exp)
-        ahead = algorithm.updates_per_batch > 1 or stale or whole_batch
         found = Found(batch)
-        if ahead:  # later updates and stale samples need the log-probabilities from before the first update
-            sums = []
-            with torch.no_grad():
-                for start, stop in (rows for update in shares for rows in update):
-                    part = batch.rows(start, stop)
-                    lp_P, entropy, states = self._score(self.weights, part)
-                    found.put("lp_P", start, lp_P)
-                    found.put("entropy", start, entropy)
-                    found.put("lp_T", start, self._score(self._sampled_by(part), part)[0] if stale else lp_P)
-                    if self.reference is not None:
-                        found.put("lp_ref", start, self._score(self.reference, part)[0])
-                    if self.critic is not None:
-                        found.put("values", start, self.critic.values(states))
-                    if whole_batch:
-                        sums.append(foresee(exp, part, found, start, self.device))
-            if whole_batch:
-                settle(exp, found, self._summed(tree_sum(sums)))
+        ahead = self._foresee(batch, found, shares)
         recompute = time.perf_counter() - begin
         if exp.lag:
             self.previous = {name: leaf.detach().clone() for name, leaf in self.weights.leaves.items()}
         terms: dict[str, float] = {}
         norms, clipped, optimizer_s = [], 0, 0.0
         for u, update in enumerate(shares):
-            rows = self._update_rows(len(batch), u)
-            whole = batch.rows(*rows)
-            num_tokens = int(whole.mask_NT.sum())
-            grads, heads = [], []
-            for start, stop in update:
-                part = batch.rows(start, stop)
-                for name, value in self._backward(part, found, start, ahead, num_tokens, len(whole), heads).items():
-                    terms[name] = terms.get(name, 0.0) + value
-                grads.append(self._flat_grad())
-            gradient = self._reduced(tree_sum(grads))
+            gradient, head = self._gradient(batch, found, u, update, ahead, terms)
             mark = time.perf_counter()
             norm = float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
             if not np.isfinite(norm):
@@ -356,8 +328,8 @@ class EmbeddedRank:
             norms.append(norm)
             lr = self._adam(gradient * min(1.0, self.spec.clip_grad / (norm + 1e-6)))
             self._renew()
-            if self.critic is not None:
-                self.critic.step(self._summed(tree_sum(heads)))
+            if self.critic is not None and head is not None:
+                self.critic.step(head)
             optimizer_s += time.perf_counter() - mark
         self.version += 1
         return {
@@ -370,6 +342,63 @@ class EmbeddedRank:
             "recompute": "forward" if ahead else "shared",
             "seconds": {"recompute": recompute, "optimizer": optimizer_s, "learn": time.perf_counter() - begin},
         }
+
+    def gradient(self, batch: Batch) -> tuple[Tensor, dict[str, np.ndarray]]:
+        """What the first update on a batch would follow, flat, and what was found a token; nothing is changed."""
+        shares, found = self._shares(len(batch)), Found(batch)
+        ahead = self._foresee(batch, found, shares)
+        return self._gradient(batch, found, 0, shares[0], ahead, {})[0], found.arrays
+
+    def _foresee(self, batch: Batch, found: Found, shares: list[list[tuple[int, int]]]) -> bool:
+        """Score the batch before its first update, where something needs that; was it done?
+
+        Later updates and stale samples need the log-probabilities from then; credit for tokens needs all of them.
+        """
+        import torch
+
+        exp = self.exp
+        stale = bool((batch.versions_N < self.version).any())
+        whole_batch = needs_whole_batch(exp)
+        if not (exp.algorithm.updates_per_batch > 1 or stale or whole_batch):
+            return False
+        sums = []
+        with torch.no_grad():
+            for start, stop in (rows for update in shares for rows in update):
+                part = batch.rows(start, stop)
+                lp_P, entropy, states = self._score(self.weights, part)
+                found.put("lp_P", start, lp_P)
+                found.put("entropy", start, entropy)
+                found.put("lp_T", start, self._score(self._sampled_by(part), part)[0] if stale else lp_P)
+                if self.reference is not None:
+                    found.put("lp_ref", start, self._score(self.reference, part)[0])
+                if self.critic is not None:
+                    found.put("values", start, self.critic.values(states))
+                if whole_batch:
+                    sums.append(foresee(exp, part, found, start, self.device))
+        if whole_batch:
+            settle(exp, found, self._summed(tree_sum(sums)))
+        return True
+
+    def _gradient(
+        self,
+        batch: Batch,
+        found: Found,
+        update: int,
+        shares: list[tuple[int, int]],
+        ahead: bool,
+        terms: dict[str, float],
+    ) -> tuple[Tensor, Tensor | None]:
+        """Of one optimiser batch, all ranks': the policy's gradient, the critic's; loss terms are added to `terms`."""
+        rows = self._update_rows(len(batch), update)
+        whole = batch.rows(*rows)
+        num_tokens = int(whole.mask_NT.sum())
+        grads, heads = [], []
+        for start, stop in shares:
+            part = batch.rows(start, stop)
+            for name, value in self._backward(part, found, start, ahead, num_tokens, len(whole), heads).items():
+                terms[name] = terms.get(name, 0.0) + value
+            grads.append(self._flat_grad())
+        return self._reduced(tree_sum(grads)), self._summed(tree_sum(heads)) if heads else None
 
     def _update_rows(self, size: int, update: int) -> tuple[int, int]:
         share = size // self.exp.algorithm.updates_per_batch

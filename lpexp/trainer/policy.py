@@ -54,7 +54,7 @@ def settle(exp: Experiment, found: Found, whole: Tensor) -> None:
         raw, mask = torch.from_numpy(found.arrays["advantages"]), torch.from_numpy(found.batch.mask_NT)
         found.arrays["advantages"] = whiten(raw, mask, whole[:3].cpu()).numpy()
     if exp.correction.batch_normalise:
-        found.norm = float(whole[3] / whole[0])
+        found.norm = exp.correction.divisor(whole[3], whole[0])
 
 
 def policy_loss(

@@ -17,33 +17,14 @@ from lpexp.algorithm.grpo import Grpo
 from lpexp.config import load
 from lpexp.data import Group, Prompt, Sample
 from lpexp.errors import ConfigError
+from tests.algorithm.losses import loss_of
 
 NAN = float("nan")
+REDUCTIONS = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "constant")
 
 
 def grpo(**given: Any) -> Grpo:
     return load({"samples_per_prompt": 4, "kl_coef": 0.0, **given}, Grpo)
-
-
-def loss_of(
-    algorithm: Grpo, ratio: Any, advantages: Any, weights: Any = None, mask: Any = None, ref: Any = None
-) -> Any:
-    """The loss of [n, T] ratios pi/pi_old, with the denominators of exactly these samples."""
-    lp_C = torch.tensor(ratio, dtype=torch.float64).log().requires_grad_()
-    mask = torch.ones_like(lp_C, dtype=torch.bool) if mask is None else torch.tensor(mask)
-    loss, sums = algorithm.loss(
-        lp_C,
-        torch.zeros_like(lp_C),
-        None if ref is None else torch.tensor(ref, dtype=torch.float64),
-        torch.tensor(advantages, dtype=torch.float64),
-        torch.ones_like(lp_C) if weights is None else torch.tensor(weights, dtype=torch.float64),
-        mask,
-        num_tokens=int(mask.sum()),
-        num_samples=len(mask),
-        max_response=mask.shape[1],
-    )
-    loss.backward()
-    return loss.item(), sums, lp_C.grad
 
 
 # -- advantages --
@@ -124,14 +105,22 @@ def test_token_mean_weighs_tokens_alike_and_sequence_mean_weighs_sequences_alike
     assert by_sequence == pytest.approx((-1.0 + 3.0) / 2)
 
 
-@pytest.mark.parametrize("reduction", ["token_mean", "seq_mean_token_mean"])
+def test_sums_of_tokens_are_divided_by_the_samples_or_also_by_the_longest_response() -> None:
+    ratio, mask = [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]], [[True, True, True], [False, False, True]]
+    summed = loss_of(grpo(reduction="seq_mean_token_sum"), ratio, [1.0, -3.0], mask=mask)[0]
+    assert summed == pytest.approx((-3 * 1.0 + 3.0) / 2)
+    constant = loss_of(grpo(reduction="constant"), ratio, [2.0, -3.0], mask=mask, max_response=5)[0]
+    assert constant == pytest.approx((-3 * 2.0 + 3.0) / (2 * 5))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 @settings(deadline=None, max_examples=40)
 @given(seed=st.integers(0, 2**31), cuts=st.sets(st.integers(1, 7)))
 def test_any_split_of_the_samples_sums_to_the_same_loss_and_gradient(reduction: str, seed: int, cuts: set[int]) -> None:
     algorithm = grpo(reduction=reduction, kl_coef=0.05)
     random = torch.Generator().manual_seed(seed)
     lp_C, lp_old, lp_ref = (torch.randn(8, 5, generator=random, dtype=torch.float64) * 0.3 - 1 for _ in range(3))
-    advantages = torch.randn(8, generator=random, dtype=torch.float64)
+    advantages = torch.randn(8, generator=random, dtype=torch.float64)[:, None].expand(8, 5)
     weights = torch.rand(8, 5, generator=random, dtype=torch.float64)
     mask = torch.rand(8, 5, generator=random) < 0.6
     mask[:, 0] = True
@@ -156,7 +145,7 @@ def test_any_split_of_the_samples_sums_to_the_same_loss_and_gradient(reduction: 
     torch.testing.assert_close(parts_grad, whole_grad, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("reduction", ["token_mean", "seq_mean_token_mean"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("garbage", [NAN, math.inf, -math.inf, 1e30])
 def test_whatever_stands_outside_the_mask_changes_neither_loss_nor_gradient(reduction: str, garbage: float) -> None:
     algorithm = grpo(reduction=reduction, kl_coef=0.1)
@@ -167,7 +156,8 @@ def test_whatever_stands_outside_the_mask_changes_neither_loss_nor_gradient(redu
         for k, value in enumerate(values):
             value[mask] = torch.tensor([0.9, 0.5, 0.7]) * (k + 1) / 4
         lp_C = values[0].requires_grad_()
-        loss, _ = algorithm.loss(lp_C, values[1], values[2], torch.tensor([1.0, -1.0]), values[3], mask, 3, 2, 3)
+        advantages = torch.tensor([1.0, -1.0])[:, None].expand(2, 4)
+        loss, _ = algorithm.loss(lp_C, values[1], values[2], advantages, values[3], mask, 3, 2, 3)
         loss.backward()
         assert lp_C.grad is not None
         return loss.detach(), lp_C.grad

@@ -7,19 +7,27 @@ import re
 import numpy as np
 import pytest
 
+from lpexp.algorithm import Clipped
+from lpexp.correction import EARLY, LATE, Weighed
 from lpexp.metric import METRICS, find, is_volatile
+from lpexp.metric.correction import correction_metrics
 from lpexp.metric.learn import learn_metrics
 from lpexp.metric.mismatch import mismatch_metrics
 from lpexp.metric.reward import eval_metrics, response_metrics, reward_metrics
+
+PARTS = (*EARLY, *LATE, "outside")
 
 
 def test_every_key_that_is_computed_is_in_the_dictionary(random_report, group) -> None:
     made = random_report()
     batch = made.batch
+    made.more.update(values=made.lp_T, returns=made.lp_P + made.entropy)
     none = np.zeros_like(batch.mask_NT)
+    weighed = Weighed(made.weights, none, none, none, dict.fromkeys(PARTS, none), 1.0)  # type: ignore[arg-type]
     keys = [
         *mismatch_metrics(made.lp_T, batch.logprobs_rollout_NT, batch.mask_NT, made.entropy),
-        *learn_metrics(made, (0.2, 0.28), none, none),
+        *correction_metrics(weighed, made.lp_T, batch.logprobs_rollout_NT, batch.mask_NT, batch.rewards_N),
+        *learn_metrics(made, Clipped(none, none, none)),  # type: ignore[arg-type]
         *reward_metrics([group([1, 0])]),
         *response_metrics([group([1, 0])]),
         *eval_metrics("held_out", [group([1])], [group([1, 0])]),
