@@ -50,7 +50,7 @@ from lpexp.errors import RunError
 from lpexp.metric import find
 from lpexp.metric.learn import learn_metrics
 from lpexp.metric.mismatch import mismatch_metrics, worst_tokens
-from lpexp.metric.reward import eval_metrics, response_metrics, reward_metrics
+from lpexp.metric.reward import eval_answers, eval_metrics, response_metrics, reward_metrics
 from lpexp.metric.sync import sync_metrics
 
 if TYPE_CHECKING:
@@ -174,7 +174,9 @@ class Note:
         version = sampled[0].samples[0].version
         self._metrics = {key: value for key, value in self._metrics.items() if key not in found}
         self._add(found)
-        self._log.event("eval", set=name, step=self.step, version=version, metrics=found)
+        self._log.event(
+            "eval", set=name, step=self.step, version=version, metrics=found, **eval_answers(greedy, sampled)
+        )
         self._log.console.evaluated(name, version, found, greedy, self._log.exp.eval.show)
 
     def learn(self, report: LearnReport) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -73,6 +75,18 @@ def eval_metrics(name: str, greedy: Sequence[Group], sampled: Sequence[Group]) -
         f"eval/{name}/sampled_acc": float(np.concatenate(correct).mean()),
         f"eval/{name}/pass_at_k": float(np.mean([pass_at_k(len(one), int(one.sum()), len(one)) for one in correct])),
         f"eval/{name}/mean_reward": float(np.concatenate([_rewards(group) for group in sampled]).mean()),
+    }
+
+
+def eval_answers(greedy: Sequence[Group], sampled: Sequence[Group]) -> dict[str, Any]:
+    """What an evaluation's scores are made of: `prompts` names the set of prompts (16 hex digits), and of each prompt
+    how many of its `answers` sampled ones were right, and whether the greedy one was."""
+    texts = "\0".join(group.prompt.text for group in sampled)
+    return {
+        "prompts": hashlib.sha256(texts.encode()).hexdigest()[:16],
+        "answers": len(sampled[0].samples),
+        "correct": [int(group.parts["correct"].sum()) for group in sampled],
+        "greedy": [int(group.parts["correct"].sum()) for group in greedy],
     }
 
 

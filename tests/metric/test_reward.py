@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -10,7 +11,7 @@ import pytest
 
 from lpexp.data import SyncReport
 from lpexp.errors import RunError
-from lpexp.metric.reward import eval_metrics, pass_at_k, response_metrics, reward_metrics
+from lpexp.metric.reward import eval_answers, eval_metrics, pass_at_k, response_metrics, reward_metrics
 from lpexp.metric.sync import sync_metrics
 
 
@@ -85,6 +86,14 @@ def test_evaluation_keeps_greedy_and_sampled_apart(group) -> None:
     )
     with pytest.raises(RunError, match="no held-out prompt"):
         eval_metrics("held_out", [], sampled)
+
+
+def test_an_evaluation_tells_of_each_prompt_how_many_answers_were_right(group) -> None:
+    greedy, sampled = [group([1]), group([0])], [group([1, 0, 1]), group([0, 0, 0])]
+    told = eval_answers(greedy, sampled)
+    assert (told["correct"], told["answers"], told["greedy"]) == ([2, 0], 3, [1, 0])
+    other = [dataclasses.replace(one, prompt=dataclasses.replace(one.prompt, text="else")) for one in sampled]
+    assert eval_answers(greedy, other)["prompts"] != told["prompts"] == eval_answers(greedy, sampled)["prompts"]
 
 
 def synced(**more: object) -> SyncReport:
