@@ -15,6 +15,7 @@ from tests.precision import contract, toy
 
 VARIANTS: dict[str, list[dict[str, object]]] = {
     "fp8": [{"scale_format": "pow2"}, {"backward": "high_precision"}, {"backward": "dequantised"}],
+    "fp8_qdq": [{"scale_format": "pow2", "backward": "high_precision"}],
     "int4_qat": [{"group_size": 32}, {"group_size": 64, "divisor": 7.5}, {"scope": "linears", "group_size": 32}],
     "w8a16": [{"group_size": 32}, {"group_size": 64, "divisor": 127.5}],
 }
