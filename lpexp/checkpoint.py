@@ -300,7 +300,7 @@ def _continue(exp: Experiment, run_dir: Path, notes: tuple[str, ...] = (), must:
 
 def _judge_change(exp: Experiment, run_dir: Path, recorded: Mapping[str, Any]) -> tuple[str, ...]:
     """Refuse a config that would compute other numbers than the run's; with resume_force, notes of what differs."""
-    old, new = (dict(_flat(dump)) for dump in (recorded, json.loads(json.dumps(exp.dump()))))
+    old, new = (dict(flat(dump)) for dump in (recorded, json.loads(json.dumps(exp.dump()))))
     keys = [key for key in sorted({*old, *new}) if key.split(".")[0] not in MAY_CHANGE]
     pairs = [(key, old.get(key, "absent"), new.get(key, "absent")) for key in keys]
     lines = [Mistake(key, f"{before} -> {after}") for key, before, after in pairs if before != after]
@@ -310,13 +310,13 @@ def _judge_change(exp: Experiment, run_dir: Path, recorded: Mapping[str, Any]) -
     return tuple(f"resume_force: {run_dir} goes on with {line}" for line in lines)
 
 
-def _flat(value: Any, at: str = "") -> Iterator[tuple[str, Any]]:
+def flat(value: Any, at: str = "") -> Iterator[tuple[str, Any]]:
     """Nested groups as (dotted key, value)."""
     if not isinstance(value, dict):
         yield at, value
         return
     for key, item in value.items():
-        yield from _flat(item, f"{at}.{key}" if at else key)
+        yield from flat(item, f"{at}.{key}" if at else key)
 
 
 def _record(resume: Resume, exp: Experiment) -> None:

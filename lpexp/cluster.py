@@ -6,13 +6,14 @@ words only, so `cluster=inline` runs the same classes in one process. ray is imp
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import pickle
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -20,6 +21,8 @@ from pydantic import Field
 
 from lpexp.config import Spec
 from lpexp.errors import ConfigError, RunError, Stopped
+
+SHARED = "LPEXP_RAY_ADDRESS"  # set by a sweep for its runs: the Ray instance that they share
 
 
 class Cluster(Spec):
@@ -67,18 +70,25 @@ class Workers:
         self.handles: list[Handle] = []
         self.scratch = Path(tempfile.mkdtemp(prefix="lpexp-"))  # rendezvous files; gone at close
         self._guardian = None
+        self._asked: dict[str, _RayFuture] = {}  # each Ray worker's process id, once it has started
         if cluster.kind == "ray":
             from lpexp.guardian import Guardian
 
             self._guardian = Guardian()
-            _open_ray(cluster)
+            _open_ray(cluster, os.environ.get(SHARED))
 
     def spawn(self, name: str, kind: type, *args: Any, env: dict[str, str] | None = None) -> Handle:
         """A worker that holds `kind(*args)`; `env` is set before it starts."""
         make = _RayHandle if self.cluster.kind == "ray" else _InlineHandle
         handle = make(name, kind, args, env or {})
         self.handles = [*(h for h in self.handles if h.name != name), handle]  # a successor takes the name
+        if isinstance(handle, _RayHandle):
+            self._asked[name] = handle.call("pid")
         return handle
+
+    def started(self) -> list[int]:
+        """Process ids of the workers that have started; waits for none. In this process there are none."""
+        return [future.result() for future in self._asked.values() if future.ready() and future.error() is None]
 
     def pids(self) -> dict[str, int]:
         """The process of each worker; waits until all have started."""
@@ -143,6 +153,12 @@ class _RayFuture:
         self._ref: Any = ref
         self._settled: _Done | None = None
 
+    def ready(self) -> bool:
+        """Is there an answer?"""
+        import ray
+
+        return self._settled is not None or bool(ray.wait([self._ref], timeout=0)[0])
+
     def _wait(self) -> _Done:
         import ray
 
@@ -183,13 +199,16 @@ class _RayHandle:
     def __init__(self, name: str, kind: type, args: tuple[Any, ...], env: dict[str, str]):
         import ray
 
+        # In a shared instance a worker is no child of ours: it gets the cards that this run was given.
+        if SHARED in os.environ and "CUDA_VISIBLE_DEVICES" in os.environ:
+            env = {"CUDA_VISIBLE_DEVICES": os.environ["CUDA_VISIBLE_DEVICES"], **env}
         options: dict[str, Any] = {"num_cpus": 0, "max_restarts": 0, "max_task_retries": 0}
         if env:
             options["runtime_env"] = {"env_vars": env}
         self.name = name
         self._actor = ray.remote(**options)(_Worker).remote(kind, args)
 
-    def call(self, method: str, *args: Any) -> Future:
+    def call(self, method: str, *args: Any) -> _RayFuture:
         import ray
 
         # In one piece each: Ray handles every array of an argument singly. Another worker's bulk is passed on unseen.
@@ -224,8 +243,20 @@ class _Worker:
         return pickle.dumps(bulk, pickle.HIGHEST_PROTOCOL), pickle.dumps(report, pickle.HIGHEST_PROTOCOL)
 
 
-def _open_ray(cluster: Cluster) -> None:
-    """A Ray instance of our own that listens on loopback only.
+@contextlib.contextmanager
+def shared(cluster: Cluster) -> Iterator[dict[str, str]]:
+    """A Ray instance for several runs: the environment that makes their processes join it. Gone at the end."""
+    _open_ray(cluster, None)
+    import ray
+
+    try:
+        yield {SHARED: ray.get_runtime_context().gcs_address}
+    finally:
+        ray.shutdown()
+
+
+def _open_ray(cluster: Cluster, address: str | None) -> None:
+    """A Ray instance of our own that listens on loopback only, or the one at `address`, which is such a one.
 
     Ray takes 127.0.0.1 for its node address, and binds every server to it, only where it believes that clusters are
     not supported; the variable says so. It is read when ray is imported.
@@ -238,12 +269,13 @@ def _open_ray(cluster: Cluster) -> None:
     import ray
 
     logging.getLogger("ray").setLevel(logging.ERROR)
+    # Actors ask for no CPU; more would only start idle workers.
+    own: dict[str, Any] = {"num_cpus": 1, "include_dashboard": cluster.dashboard}
     ray.init(
-        address="local",
-        num_cpus=1,  # actors ask for none; more would only start idle workers
-        include_dashboard=cluster.dashboard,
+        address=address or "local",
         log_to_driver=False,
         logging_level=logging.ERROR,
+        **({} if address else own),
     )
 
 

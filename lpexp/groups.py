@@ -8,9 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
+# Our sweeper (launcher.py). Composing needs its name; it is imported when something is run.
+ConfigStore.instance().store(
+    group="hydra/sweeper",
+    name="arms",
+    node={"_target_": "hydra_plugins.lpexp.Arms", "params": {}, "arms": {}},
+    provider="lpexp",
+)
 CONF = Path(__file__).resolve().parents[1] / "conf"
 MOUNTS = ("rollout.precision", "reference.precision")  # where a precision may be named besides `precision`
 

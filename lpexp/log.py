@@ -122,20 +122,20 @@ class Log:
 
     def summary(self) -> dict[str, Any]:
         """Print the summary and the next command, write summary.json and report.png; returns what was written."""
-        from lpexp import report
+        from lpexp.report import single
 
-        found = report.summarise(self.run_dir)
+        found = single.summarise(self.run_dir)
         found |= {"trainer": side(self.exp, self.exp.precision), "rollout": side(self.exp, self.exp.wire)}
         if said := served_first(self.exp):
             found["checkpoint"] = said
         found |= {"contract": self.contract, "run_dir": str(self.run_dir)}
         found["next"] = _next_command(self.exp, self.overrides)
         journal.write(self.run_dir / "summary.json", json.dumps(found, indent=1) + "\n")
-        picture = report.draw(self.run_dir)
+        picture = single.draw(self.run_dir)
         notes = [f"picture  {picture}"]
         if found["next"]:
             notes.append(f"next     {found['next']}")
-        self.console.summary(self.exp.name, report.rows(found), notes)
+        self.console.summary(self.exp.name, single.rows(found), notes)
         return found
 
     def close(self) -> None:
@@ -226,13 +226,14 @@ class Note:
 
 
 class _Memory:
-    """Resident bytes of this process and everything below it, at most a second old: quick steps share one look at
-    every process of the machine."""
+    """Resident bytes of this process, everything below it and the workers (which a sweep's runs have elsewhere), at
+    most a second old: quick steps share one look at every process of the machine."""
 
     AGE_S = 1.0
 
     def __init__(self) -> None:
         self._bytes, self._seen = 0, -math.inf
+        self.workers: Callable[[], list[int]] = list  # process ids
 
     def resident_bytes(self) -> int:
         import psutil
@@ -240,9 +241,9 @@ class _Memory:
         if time.monotonic() - self._seen > self.AGE_S:
             me = psutil.Process()
             self._bytes, self._seen = 0, time.monotonic()
-            for process in (me, *me.children(recursive=True)):
+            for pid in {me.pid, *(process.pid for process in me.children(recursive=True)), *self.workers()}:
                 with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):  # it ended while we counted
-                    self._bytes += process.memory_info().rss
+                    self._bytes += psutil.Process(pid).memory_info().rss
         return self._bytes
 
 

@@ -131,6 +131,28 @@ def missing(exp: Experiment) -> str | None:
     return None
 
 
+def at_once(exps: Sequence[Experiment]) -> tuple[int, str]:
+    """How many of these runs this machine holds at once, each as many workers as its plan says; and why."""
+    ways = [_holds(exp) for exp in exps]
+    return min(ways, key=lambda way: way[0])
+
+
+def _holds(exp: Experiment) -> tuple[int, str]:
+    cluster = exp.cluster
+    if cluster.nodes > 1:
+        return 1, f"a run takes {cluster.nodes} nodes"
+    if cluster.gpus_per_node:
+        here = len(gpus_here())
+        return max(here // cluster.gpus_per_node, 1), f"{here} GPUs, a run takes {cluster.gpus_per_node}"
+    trainers, engines = (
+        sum(row["count"] for row in part.plan(exp)) * cluster.threads for part in (exp.trainer, exp.rollout)
+    )
+    # Without lag, and in one process, training and generating take turns.
+    busy = trainers + engines if exp.lag and cluster.kind != "inline" else max(trainers, engines)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(cores // busy, 1), f"{cores} cores, a run on cluster={cluster.name} keeps {busy} busy"
+
+
 def gpus_here() -> list[str]:
     """Names of the NVIDIA GPUs that this process may use, from the driver's files: no library is loaded."""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1"):

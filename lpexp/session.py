@@ -43,6 +43,7 @@ class Session:
                 self.log.event("resume", note=note)
             self.tokenizer = load_tokenizer(model)
             workers = Workers(exp.cluster, self.log.event, self.run_dir)
+            self.log.memory.workers = workers.started
             self.stop.install()
             stack.callback(workers.close)
             stack.callback(self.log.close)  # before the workers' guardian ends every process below this one

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lpexp import report
+from lpexp.report import single
 from lpexp.errors import ConfigError
 
 
@@ -16,7 +16,7 @@ def axes_of(values: list[float]) -> Any:
     from matplotlib.figure import Figure
 
     axes = Figure().subplots()
-    report._draw_logarithmic(axes, [((np.arange(len(values)), np.array(values)), "red", "gap")])
+    single._draw_logarithmic(axes, [((np.arange(len(values)), np.array(values)), "red", "gap")])
     return axes
 
 
@@ -43,7 +43,7 @@ def test_without_zeros_there_is_no_such_line_and_with_only_zeros_nothing_else() 
 def test_the_picture_is_drawn_from_the_directory_and_shows_a_difference(ran) -> None:
     from matplotlib.image import imread
 
-    same, other = (imread(report.draw(ran(name, gap=gap))) for name, gap in (("a", 0.0), ("b", 0.3)))
+    same, other = (imread(single.draw(ran(name, gap=gap))) for name, gap in (("a", 0.0), ("b", 0.3)))
     assert same.shape == other.shape and min(same.shape[:2]) > 1000
     assert (same != other).any()
     assert not np.array_equal(same, np.broadcast_to(same[0, 0], same.shape))
@@ -51,4 +51,4 @@ def test_the_picture_is_drawn_from_the_directory_and_shows_a_difference(ran) -> 
 
 def test_a_directory_without_a_step_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no step of a run"):
-        report.draw(tmp_path)
+        single.draw(tmp_path)
