@@ -9,11 +9,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from lpexp import compare, convert, evaluate, export, fetch
+from lpexp import compare, convert, evaluate, export, fetch, glossary, report
 from lpexp.errors import ConfigError, RunError
 
 COMMANDS = (
-    ("compare", compare, "two runs, side by side or bit for bit"),
+    ("report", report, "one page on a sweep or on runs: verdicts, curves, mismatch, what to try next"),
+    ("compare", compare, "the same as tables; or two runs, bit for bit"),
+    ("explain", glossary, "what a logged key or a config key means, its band, its default, who set it"),
     ("export", export, "a run's checkpoint as a Hugging Face directory, in any precision"),
     ("eval", evaluate, "checkpoints under several serving precisions, as a matrix"),
     ("convert", convert, "a Hugging Face directory in another precision"),

@@ -1,8 +1,8 @@
-"""`lpexp compare [--exact] A B`: do two runs agree?
+"""`lpexp compare A B ...`: what the report says of runs and sweeps, as tables. `--exact A B`: are two runs equal?
 
 With --exact every number of metrics.jsonl that is not volatile must be the same in every bit, and so must the weights
-and optimiser state of the newest checkpoint. Without it the main numbers are printed side by side.
-Left out: events, records, and what the metric dictionary marks volatile (times, speeds, memory).
+and optimiser state of the newest checkpoint; left out are events, records, and what the metric dictionary marks
+volatile (times, speeds, memory).
 """
 
 from __future__ import annotations
@@ -16,32 +16,52 @@ from typing import Any
 from lpexp import checkpoint, journal
 from lpexp.errors import ConfigError
 from lpexp.metric import is_volatile
-
-MAIN = (
-    "reward/mean",
-    "mismatch/logprob_abs_diff_mean",
-    "mismatch/logprob_abs_diff_max",
-    "mismatch/kl_k3",
-    "train/entropy",
-)
+from lpexp.plan import table
+from lpexp.report import add_choices
+from lpexp.report.advice import advise
+from lpexp.report.findings import Findings, find
+from lpexp.report.study import collect
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("a", type=Path, help="a run directory")
-    parser.add_argument("b", type=Path, help="another one")
-    parser.add_argument("--exact", action="store_true", help="every number and the final weights, bit for bit")
+    parser.add_argument("places", type=Path, nargs="+", metavar="DIR", help="runs, sweeps, or folders of them")
+    parser.add_argument(
+        "--exact", action="store_true", help="two runs: every number and the final weights, bit for bit"
+    )
+    add_choices(parser)
 
 
 def main(args: argparse.Namespace) -> int:
-    return compare(args.a, args.b, args.exact)
+    if not args.exact:
+        print(text(find(collect(args.places, args.reference, args.allow), args.margin)))
+        return 0
+    if len(args.places) != 2:
+        raise ConfigError(f"--exact: two run directories are compared, {len(args.places)} were given")
+    return compare_exactly(*args.places)
 
 
-def compare(a: Path, b: Path, exact: bool) -> int:
-    """0: no difference (or printed side by side), 1: a difference, 2: a directory is no run or nothing compares."""
+def text(found: Findings) -> str:
+    """What the page says, for a terminal."""
+    study = found.study
+    parts = [study.question] if study.question else []
+    parts.append("\n".join([found.answer, *(f"  {verdict.sentence}" for verdict in found.verdicts)]))
+    told = [f"  alarm, {who}: {what}" for who, what in found.alarms]
+    told += [f"  note: {mark}" for mark in found.marks] + [f"  broken: {who} {why}" for who, why in study.broken]
+    parts += ["\n".join(told)] if told else []
+    parts += [
+        "\n".join([title, table([one.head, *one.rows], "  "), *([f"  {one.note}"] if one.note else [])])
+        for title, one in found.tables.items()
+    ]
+    for piece in advise(found):
+        cases = [f"    {measured}{f'  ->  {typed}' if typed else ''}" for measured, typed in piece.cases]
+        parts.append("\n".join([f"{piece.title}: {piece.why}", *cases]))
+    return "\n\n".join(parts)
+
+
+def compare_exactly(a: Path, b: Path) -> int:
+    """0: no difference, 1: a difference, 2: a directory is no run or nothing compares."""
     try:
         runs = [_steps(a), _steps(b)]
-        if not exact:
-            return _side_by_side(a, b, *runs)
         compared, difference = _compare_steps(*runs)
         if difference is None:
             if not compared:
@@ -108,19 +128,3 @@ def _compare_weights(a: Path, b: Path) -> tuple[int, str | None]:
     if not left:
         raise ConfigError(f"checkpoint {names[0]} of {a} holds no safetensors file")
     return len(left), None
-
-
-def _side_by_side(a: Path, b: Path, left: dict[int, dict[str, Any]], right: dict[int, dict[str, Any]]) -> int:
-    """Means over the steps that both runs have."""
-    common = sorted({*left} & {*right})
-    keys = [key for key in MAIN if any(key in left[s] for s in common) and any(key in right[s] for s in common)]
-    if not keys:
-        raise ConfigError(f"{a} and {b} have no number to compare")
-    print(f"means over the {len(common)} steps that both have; A = {a}, B = {b}")
-    for key in keys:
-        means = []
-        for run in (left, right):
-            values = [run[step][key] for step in common if key in run[step]]
-            means.append(sum(values) / len(values))
-        print(f"  {key:<34} A {means[0]:<12.6g} B {means[1]:.6g}")
-    return 0

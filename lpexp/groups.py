@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,28 @@ def compose(overrides: Sequence[str] = (), name: str = "config", directory: str 
     searched = [] if directory is None else [f"hydra.searchpath=[file://{CONF}]"]
     with hydra.initialize_config_dir(str(Path(directory or CONF).resolve()), version_base="1.3"):
         return hydra.compose(name, overrides=[*searched, *overrides])
+
+
+def chosen(overrides: Sequence[str]) -> dict[str, str | None]:
+    """{group: the choice that the composed config makes of it}, mounts as `precision@rollout.precision`."""
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        cfg = hydra.compose("config", overrides=list(overrides), return_hydra_config=True)
+    return {str(key): value for key, value in cfg.hydra.runtime.choices.items()}
+
+
+@cache
+def said_by(group: str, name: str) -> dict[str, Any]:
+    """{dotted key from the root: value} of what conf/GROUP/NAME.yaml says."""
+    packaged = "@package _global_" not in (CONF / group / f"{name}.yaml").read_text()
+    return dict(_flat(read_choice(group, name), f"{group}." if packaged else ""))
+
+
+def _flat(data: dict[str, Any], at: str) -> Iterator[tuple[str, Any]]:
+    for key, value in data.items():
+        yield f"{at}{key}", value
+        if isinstance(value, dict):
+            yield from _flat(value, f"{at}{key}.")
 
 
 def _holds(data: Any, path: str) -> bool:

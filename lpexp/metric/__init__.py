@@ -211,12 +211,57 @@ METRICS: tuple[Metric, ...] = (
 )
 
 
+# Where a value should lie; a key that is not here has no wrong values of its own. Published where a source is named.
+_MATCHED = "exactly 0 where both sides share a precision on the embedded backends"
+BANDS: dict[str, str] = {
+    "mismatch/logprob_abs_diff_mean": f"{_MATCHED}; 0.005 to 0.1 at first where one side rounds; slime's CI: up to 0.1",
+    "mismatch/logprob_abs_diff_max": _MATCHED,
+    "mismatch/kl_k3": f"{_MATCHED}; 1e-4 to 0.03 at first where one side rounds; between 16-bit engines below 1e-3",
+    "mismatch/kl_k1": _MATCHED,
+    "mismatch/kl_k2": _MATCHED,
+    "mismatch/mult_prob_error": "exactly 1 where both sides share a precision; NeMo-RL: to 1.02 in 16 bits, 1.1 below",
+    "mismatch/ratio_extreme_frac": "below 0.1 (R3's alarm); 0 where both sides share a precision",
+    "mismatch/ratio_mean": "about 1",
+    "mismatch/ppl_ratio": "about 1",
+    "mismatch/prob_pearson": "0.987 with a 16-bit head, 0.997 with a 32-bit one (MiniMax-M1)",
+    "mismatch/js_divergence": "below 0.007 (NeMo-RL, 4-bit weights and activations)",
+    "mismatch/nonfinite_count": "0",
+    "mismatch/valid_tokens": "above 0",
+    "mismatch/quantiles_exact": "1",
+    "staleness/kl_k3": "exactly 0 with lag=0",
+    "staleness/logprob_abs_diff_mean": "exactly 0 with lag=0",
+    "staleness/version_gap_max": "at most lag",
+    "correction/weight_mean": "exactly 1 where both sides agree",
+    "correction/ess": "1 where both sides agree; what is missing is the share of a batch that does not count",
+    "correction/clip_frac": "0 where both sides agree",
+    "correction/logratio_clamped_frac": "0",
+    "update/kl_k3": "below 1e-8 with one update a batch (slime's CI)",
+    "update/clip_frac": "0 with one update a batch",
+    "reward/errors": "0",
+    "response/aborted_frac": "0",
+    "response/empty_frac": "0",
+    "sync/version": "one more than the last",
+    "sync/checksum_ok": "1",
+    "sync/contract_ok": "1",
+    "quant/<class>/code_flip_frac": "0",
+    "quant/<class>/rel_error": "normal weights: 0.026 in 8-bit blocks; 4 bits: 0.097 in groups of 32, 0.117 of 128",
+    "quant/<class>/sqnr_db": "normal weights: 31.5 in 8-bit blocks; 4 bits: 20.3 in groups of 32, 18.6 of 128",
+    "quant/<class>/zero_block_frac": "0",
+}
+
+
 @functools.lru_cache(maxsize=4096)
 def find(key: str) -> Metric | None:
     """The entry that a logged key belongs to; a key written out goes before a pattern."""
     return next((m for m in METRICS if m.key == key), None) or next(
         (m for m in METRICS if "<" in m.key and _pattern(m.key).fullmatch(key)), None
     )
+
+
+def band(key: str) -> str:
+    """Where values of a key should lie, in words; empty where nothing is known."""
+    metric = find(key)
+    return BANDS.get(metric.key, "") if metric else ""
 
 
 def is_volatile(key: str) -> bool:

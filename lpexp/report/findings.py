@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lpexp.metric.mismatch import PROB_BINS
 from lpexp.metric.verdict import Difference, difference, interval_of, judge, more_seeds
 from lpexp.precision import Precision
 from lpexp.report.study import ABSENT, SIDES, Arm, Run, Study, under
@@ -144,9 +145,8 @@ def _answer(study: Study, verdicts: Sequence[Judged], margin: float) -> str:
     if names := [v.arm.name for v in groups["worse"]]:
         said.append(f"{listed(names)} {are(names)} below {against}")
     if names := [v.arm.name for v in groups["undecided"]]:
-        more = [v.more for v in groups["undecided"]]
-        known = [m for m in more if m is not None]
-        left = f" ({count(max(known), 'more seed')} would do)" if known and len(known) == len(more) else ""
+        known = [v.more for v in groups["undecided"] if v.more is not None and v.found and v.found.seeds > 1]
+        left = f" ({count(max(known), 'more seed')} would do)" if len(known) == len(names) else ""
         said.append(f"{listed(names)} {are(names)} not decided{left}")
     if names := [v.arm.name for v in groups["apart"]]:
         said.append(f"{listed(names)} cannot be compared")
@@ -316,14 +316,8 @@ def _mismatch(study: Study) -> Table:
     return Table(head, rows, note)
 
 
-BINS = {
-    "lt_1e-3": "p < 0.001",
-    "1e-3_1e-2": "p < 0.01",
-    "1e-2_1e-1": "p < 0.1",
-    "1e-1_0.5": "p < 0.5",
-    "0.5_0.9": "p < 0.9",
-    "ge_0.9": "p ≥ 0.9",
-}  # of the sampled token's probability under the rollout; the name says the upper end
+# Of the sampled token's probability under the rollout, by its upper end.
+BINS = dict(zip(PROB_BINS, ("p < 0.001", "p < 0.01", "p < 0.1", "p < 0.5", "p < 0.9", "p ≥ 0.9"), strict=True))
 
 
 def by_probability(arm: Arm, key: str) -> dict[str, float]:
@@ -342,7 +336,7 @@ def _where(arm: Arm) -> str:
     for name, text in BINS.items():
         share, part = share + shares[name], part + tokens[name]
         if share >= 0.5:
-            return f"{text}, {part:.0%} of tokens" if name != "ge_0.9" else "all tokens"
+            return f"{text}, {part:.0%} of tokens" if name != PROB_BINS[-1] else "all tokens"
     return ABSENT
 
 

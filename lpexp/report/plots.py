@@ -17,6 +17,7 @@ from lpexp.report.findings import BINS, MAX, MEAN, Findings, by_probability, sig
 from lpexp.report.study import Arm, Points, Study
 
 MOST_POINTS = 160  # of a curve; longer ones are averaged
+MOST_MARKS = 40  # of a curve whose points are shown
 SMOOTH = 5  # steps of the running mean
 WIDTH, HEIGHT = 4.4, 2.55  # inches of one panel: readable at the width of a phone
 INK, MUTED, GRID, GOOD, BAD, OPEN, BAND = (f"#0a0a{n:02x}" for n in range(1, 8))
@@ -116,8 +117,9 @@ def _panel(panel: Panel, lines: Sequence[tuple[int, list[Points]]], names: Seque
         if zero is not None:
             mean, low, high = (np.where(v > 0, v, zero) for v in (mean, low, high))
         if not panel.marks:
-            x, mean, low, high = _thin(x, *(_smooth(v, zero is not None) for v in (mean, low, high)))
-        marker = "o" if panel.marks or len(x) == 1 else None
+            mean, low, high = (_smooth(v, zero is not None) for v in (mean, low, high))
+        x, mean, low, high = _thin(x, mean, low, high)
+        marker = "o" if (panel.marks and len(x) <= MOST_MARKS) or len(x) == 1 else None
         axes.fill_between(x, low, high, color=color(index), alpha=alpha, linewidth=0)
         axes.plot(x, mean, dash(index), color=color(index), linewidth=1.6, marker=marker, markersize=3.2)
     axes.set_xlabel("step")
@@ -311,7 +313,7 @@ def _svg(figure: Any, says: str) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
-    text = re.sub(r'<g id="[\w.]*_\d+">', "<g>", text)
+    text = re.sub(r' id="[\w.]*_\d+"', "", text)
     text = re.sub(r"<[^>]+>", lambda tag: _LONG.sub(lambda number: f"{float(number[0]):.2f}", tag[0]), text)
     text = re.sub(r" font-family: [^;\"]*;", "", text)  # the page's
     text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text, count=1, flags=re.DOTALL)  # would rule the page

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lpexp.report import single
 from lpexp.errors import ConfigError
+from lpexp.report import single
 
 
 def axes_of(values: list[float]) -> Any:
