@@ -87,15 +87,27 @@ def test_an_instance_of_a_pattern_is_explained_by_it(capsys: pytest.CaptureFixtu
         (("trainer.lr",), "0.0002", "conf/trainer/embedded.yaml"),
         (("model.initializer_range",), "0.036", "conf/model/qwen3_tiny.yaml"),
         (("model.parallel.nodes", "model=qwen3_30b", "precision=fp8"), "2", "conf/layout/qwen3_30b_fp8.yaml"),
-        (("precision.group_size", "precision=int4_qat"), "128", "conf/precision/int4_qat.yaml, chosen by precision=int4_qat"),
-        (("rollout.precision.divisor", "rollout.precision=int4_qat", "rollout.precision.divisor=7.5"), "7.5", "typed: rollout.precision.divisor=7.5"),
-        (("trainer.lr", "experiment=smollm2_arithmetic"), "3.0e-05", "conf/experiment/smollm2_arithmetic.yaml, chosen by experiment=smollm2_arithmetic"),
+        (
+            ("precision.group_size", "precision=int4_qat"),
+            "128",
+            "conf/precision/int4_qat.yaml, chosen by precision=int4_qat",
+        ),
+        (
+            ("rollout.precision.divisor", "rollout.precision=int4_qat", "rollout.precision.divisor=7.5"),
+            "7.5",
+            "typed: rollout.precision.divisor=7.5",
+        ),
+        (
+            ("trainer.lr", "experiment=smollm2_arithmetic"),
+            "2e-05",
+            "conf/experiment/smollm2_arithmetic.yaml, chosen by experiment=smollm2_arithmetic",
+        ),
     ],
-    ids=" ".join,
-)  # fmt: skip
+    ids=lambda value: value[0] if isinstance(value, tuple) else None,
+)
 def test_it_is_said_what_a_key_is_now_and_who_set_it(capsys, words: tuple[str, ...], now: str, by: str) -> None:
     rows = told(capsys, *words)
-    assert (rows["now"].replace("3e-05", "3.0e-05"), rows["set by"]) == (now, by)
+    assert (rows["now"], rows["set by"]) == (now, by)
 
 
 def test_a_key_that_only_some_choices_have_is_shown_with_one_of_them(capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,8 +138,9 @@ def test_a_part_lists_what_is_under_it(capsys: pytest.CaptureFixture[str]) -> No
 
 
 @pytest.mark.parametrize(
-    ("word", "near"), [("mismatch/kl_k33", "mismatch/kl_k3"), ("precision.groupsize", "precision.group_size"), ("lags", "lag")]
-)  # fmt: skip
+    ("word", "near"),
+    [("mismatch/kl_k33", "mismatch/kl_k3"), ("precision.groupsize", "precision.group_size"), ("lags", "lag")],
+)
 def test_an_unknown_key_is_refused_with_the_nearest(capsys, word: str, near: str) -> None:
     assert cli.main(["explain", word]) == 2
     assert f"did you mean {near}?" in capsys.readouterr().err
