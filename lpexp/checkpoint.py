@@ -31,6 +31,8 @@ from lpexp.experiment import MAY_CHANGE, Experiment
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lpexp.precision import Parts
+
 FORMAT = 1
 FOLDER, STATE, MANIFEST, EXPERIMENT = "checkpoints", "state.json", "manifest.json", "experiment.json"
 FINISHED, LOCK, TEMP = "finished.json", "run.lock", ".tmp-"
@@ -102,6 +104,23 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise RunError(f"{path} is not a complete safetensors file: {error}") from error
+
+
+def save_parts(path: Path, weights: Mapping[str, Parts], metadata: Mapping[str, str]) -> None:
+    """{tensor: its served parts} as one safetensors file, there whole or not at all."""
+    made = path.with_suffix(".tmp")
+    named = {f"{name}|{suffix}": part for name, parts in weights.items() for suffix, part in parts.items()}
+    save_tensors(made, named, metadata)
+    made.replace(path)
+
+
+def load_parts(path: Path) -> tuple[dict[str, Parts], dict[str, str]]:
+    """What `save_parts` wrote, and its metadata."""
+    found: dict[str, Parts] = {}
+    for key, part in load_tensors(path).items():
+        name, _, suffix = key.partition("|")
+        found.setdefault(name, {})[suffix] = part
+    return found, load_metadata(path)
 
 
 def load_metadata(path: Path) -> dict[str, str]:

@@ -46,6 +46,10 @@ class Console:
         if said := served_first(exp):
             self.say(f"  checkpoint {said}{'' if start_step <= exp.lag else '; that was before this resume'}")
         self.say(f"  contract   {contract}")
+        if said := exp.fault.told(exp):
+            self.say(
+                f"  FAULT      {said} (fault={exp.fault.name}{', hidden' if exp.fault.hidden else ''})", "bold red"
+            )
         self.say(f"  task       {exp.task.name}, {_batch(exp)}; correction {exp.correction.name}, lag {exp.lag}")
         for row in (*exp.trainer.plan(exp), *exp.rollout.plan(exp)):
             self.say("  " + "  ".join(str(value) for value in _in_order(row)))

@@ -16,6 +16,7 @@ from lpexp.cluster import Cluster
 from lpexp.config import Spec, rule
 from lpexp.correction import Correction
 from lpexp.errors import ConfigError, Mistake
+from lpexp.fault import Fault
 from lpexp.fetch import FETCHED
 from lpexp.model import Model, divisors
 from lpexp.model.served import EMBEDDING, agrees, contradiction, copies, precision_of
@@ -29,6 +30,7 @@ MAY_CHANGE = (
     "output_dir",
     "resume",
     "resume_force",
+    "on_alarm",
     "dry_run",
     "stop_grace_s",
     "wandb",
@@ -65,6 +67,7 @@ class Record(Spec):
     """Stored rollouts, one safetensors file a step, for tools that re-score them."""
 
     keep: int = Field(ge=0)  # newest steps kept; 0: none are written
+    weights_every: int = Field(ge=0)  # steps; of these and of the first two, both sides' weights are kept; 0: of none
 
 
 class Wandb(Spec):
@@ -84,6 +87,7 @@ class Experiment(Spec):
     output_dir: str
     resume: str  # none | auto | a run directory
     resume_force: bool
+    on_alarm: Literal["warn", "stop"]
     dry_run: bool
     stop_grace_s: float = Field(ge=0)
     cluster: Cluster
@@ -94,6 +98,7 @@ class Experiment(Spec):
     model: Model
     algorithm: Algorithm
     correction: Correction
+    fault: Fault
     task: Task
     eval: Eval
     checkpoint: CheckpointSpec
@@ -104,6 +109,16 @@ class Experiment(Spec):
     def wire(self) -> Precision:
         """The precision that rollout serves and every weight update carries."""
         return self.rollout.precision or self.precision
+
+    def contract(self, served: Precision | None = None) -> dict[str, str]:
+        """What both sides must agree on: {tensor: its quantiser} of the wire, or of `served`; and how tokens are drawn.
+
+        `digest` of it is the hash.
+        """
+        model = self.model.sized()
+        tensors = (served or self.wire).contract(model.params(), model.moe is not None)
+        drawn = f"softmax at temperature {self.rollout.temperature:g}; log-probabilities before top-p and top-k"
+        return tensors | {"sampling": drawn}
 
     @property
     def uses_reference(self) -> bool:
@@ -223,6 +238,12 @@ class Experiment(Spec):
     def _backends_agree(self) -> Iterator[Mistake]:
         yield from self.trainer.judge(self)
         yield from self.rollout.judge(self)
+
+    @rule
+    def _fault_fits(self) -> Iterator[Mistake]:
+        yield from self.fault.judge(self)
+        if self.fault.name != "none" and self.rollout.checkpoint is not None:
+            yield Mistake("fault", f"{self.fault.name} spoils what the trainer ships; type rollout.checkpoint=null")
 
     @rule
     def _task_fits(self) -> Iterator[Mistake]:

@@ -79,6 +79,8 @@ class Log:
         if there != list(range(start_step)):
             lacking = sorted(set(range(start_step)) - set(there))
             self.warn("journal", f"{journal.METRICS} lacks the steps {lacking} that ran before step {start_step}")
+        if said := exp.fault.told(exp):
+            self.event("fault", name=exp.fault.name, hidden=exp.fault.hidden, message=said)
         self._wandb = _Wandb(exp, run_dir, self.warn)
         self.console.header(exp, run_dir, contract, start_step)
 
@@ -128,6 +130,8 @@ class Log:
         found |= {"trainer": side(self.exp, self.exp.precision), "rollout": side(self.exp, self.exp.wire)}
         if said := served_first(self.exp):
             found["checkpoint"] = said
+        if said := self.exp.fault.told(self.exp):
+            found["fault"] = said
         found |= {"contract": self.contract, "run_dir": str(self.run_dir)}
         found["next"] = _next_command(self.exp, self.overrides)
         journal.write(self.run_dir / "summary.json", json.dumps(found, indent=1) + "\n")

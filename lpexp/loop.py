@@ -52,4 +52,4 @@ def train(run: Session, step: int) -> None:
         if step + 1 == exp.steps:
             with note.time("eval"):
                 note.eval(exp.task.name, *run.evaluations(exp.steps))
-        record.save(run.run_dir, report, exp.record.keep)
+        record.save(run.run_dir, report, exp.record)

@@ -39,7 +39,7 @@ def text(exp: Experiment) -> str:
     elements = sum(row.elements for row in rows)
     sizes = [row.served_bytes for row in rows]
     wire = None if None in sizes else sum(size for size in sizes if size is not None)
-    params, moe = list(model.params()), model.moe is not None
+    params = list(model.params())
     reference = exp.reference.precision.name if exp.uses_reference else "none (algorithm.kl_coef is 0)"
     world = exp.cluster.nodes * exp.cluster.gpus_per_node
     machine = f"{exp.cluster.nodes} x {exp.cluster.gpus_per_node} {exp.cluster.gpu or ''} GPUs" if world else "CPU"
@@ -56,7 +56,7 @@ def text(exp: Experiment) -> str:
             f"{exp.task.prompts_per_step} prompts x {exp.algorithm.samples_per_prompt} samples of {exp.task.name}, "
             f"lag {exp.lag}, {exp.steps} steps",
         ),
-        ("contract", _contract(exp, params, moe)),
+        ("contract", _contract(exp)),
     ]
     workers = [("driver", 1, "the loop, metrics, checkpoints' manifest; holds no weights")]
     workers += [(row["role"], row["count"], row["what"]) for row in (*exp.trainer.plan(exp), *exp.rollout.plan(exp))]
@@ -148,8 +148,8 @@ def _describe(precision: Precision) -> str:
     return precision.name + (f" ({', '.join(f'{key} {value}' for key, value in fields.items())})" if fields else "")
 
 
-def _contract(exp: Experiment, params: Sequence[Any], moe: bool) -> str:
-    trained, served = digest(exp.precision.contract(params, moe)), digest(exp.wire.contract(params, moe))
+def _contract(exp: Experiment) -> str:
+    trained, served = digest(exp.contract(exp.precision)), digest(exp.contract())
     return (
         f"{served} on both sides"
         if trained == served

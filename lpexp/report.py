@@ -49,7 +49,7 @@ def summarise(run_dir: Path) -> dict[str, Any]:
 def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     """The summary table: (what, value), in the order in which a person reads it."""
     table = [("trainer", found["trainer"]), ("rollout", found["rollout"]), ("contract", found["contract"])]
-    table += [("checkpoint", found["checkpoint"])] if "checkpoint" in found else []
+    table += [(name, found[key]) for key, name in (("checkpoint",) * 2, ("fault", "FAULT")) if key in found]
     for name, scores in ((k.removeprefix("eval/"), v) for k, v in found.items() if k.startswith("eval/")):
         table += [
             (f"{name} accuracy, sampled", _change(scores["sampled_acc"])),

@@ -7,8 +7,9 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
-from lpexp import checkpoint, journal, warmup
+from lpexp import checkpoint, journal, record, warmup
 from lpexp.cluster import Workers
 from lpexp.data import Group, SyncReport
 from lpexp.errors import RunError
@@ -36,7 +37,7 @@ class Session:
             self.stop = stack.enter_context(Stop(exp.stop_grace_s))
             stack.enter_context(checkpoint.Claim(resume, exp))
             model = exp.model.sized()
-            planned = exp.wire.contract(model.params(), model.moe is not None)
+            planned = exp.contract()
             self.log = Log(exp, self.run_dir, self.start, self.overrides, digest(planned))
             stack.callback(self.log.close)
             for note in resume.notes:
@@ -112,6 +113,7 @@ class Pipeline:
     def __init__(self, session: Session):
         self.session = session
         self.pending: dict[int, Pending] = {}
+        self.recording: dict[int, list[Any]] = {}  # both sides' weights being written down
         exp, start = session.exp, session.start
         self.sampling = Sampling(
             temperature=exp.rollout.temperature,
@@ -131,6 +133,14 @@ class Pipeline:
             return
         prompts = exp.task.train(exp.seed, step, self.session.tokenizer)
         self.pending[step] = self.session.rollout.sample(prompts, self.sampling, step)
+        if record.whole(exp.record, step):
+            at = record.beside(self.session.run_dir, step)
+            at.mkdir(parents=True, exist_ok=True)
+            sampled = max(step - exp.lag, 0)  # the version that the engines serve now, and the trainer has at hand
+            self.recording[step] = [
+                self.session.trainer.record(at / record.TRAINER, sampled),
+                self.session.rollout.record(at / record.ROLLOUT, self.sampling),
+            ]
 
     def ask_ahead(self, step: int) -> None:
         """As `ask`, where generating goes on beside the driver; in one process it would only move the time."""
@@ -142,7 +152,12 @@ class Pipeline:
         self.ask(step)
         pending = self.pending.pop(step)
         groups = pending.result()
+        for written in self.recording.pop(step, ()):
+            written.result()
         if self.session.exp.lag:
+            if record.whole(self.session.exp.record, step):
+                at = record.beside(self.session.run_dir, step) / record.NEWEST
+                self.session.trainer.record(at, step).result()
             self.ask(step + 1)
         return groups, pending.seconds
 

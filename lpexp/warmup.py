@@ -67,6 +67,7 @@ def train(exp: Experiment) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Cross-entropy on the answers until sampled held-out accuracy reaches the target; RunError when it never does."""
     import torch
 
+    from lpexp.fault import NoFault
     from lpexp.model.decoder import Decoder, TrainWeights, initial_tensors
     from lpexp.model.tokenizer import load_tokenizer
     from lpexp.precision.bf16 import Bf16
@@ -77,7 +78,8 @@ def train(exp: Experiment) -> tuple[dict[str, Tensor], dict[str, Any]]:
     spec, model, task = exp.task.warmup, exp.model.sized(), exp.task
     assert spec is not None
     plain = Bf16(name="bf16")
-    exp = exp.model_copy(update={"precision": plain, "rollout": exp.rollout.model_copy(update={"precision": None})})
+    sound = {"precision": plain, "rollout": exp.rollout.model_copy(update={"precision": None})}
+    exp = exp.model_copy(update=sound | {"fault": NoFault(name="none")})
     tokenizer, decoder = load_tokenizer(model), Decoder(model)
     engine = EmbeddedEngine(exp, CHECK_PROMPTS * CHECK_SAMPLES, exp.cluster.threads, "cpu")
     prompts = task.held_out(exp.seed, CHECK_PROMPTS, tokenizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from pydantic import Field
@@ -42,6 +43,12 @@ class Loading(Protocol):
         ...
 
 
+class Recording(Protocol):
+    def result(self) -> Any:
+        """Wait until it is on disk."""
+        ...
+
+
 class Rollout(Protocol):
     def contract(self) -> dict[str, str]:
         """{tensor: quantiser} of what the engines expect to be given."""
@@ -57,6 +64,10 @@ class Rollout(Protocol):
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> Pending:
         """Start generating `sampling.samples` answers to each prompt; random numbers are keyed by `step`."""
+        ...
+
+    def record(self, path: Path, sampling: Sampling) -> Recording:
+        """Start writing what an engine holds (`checkpoint.save_parts`), its version, precision and how it draws."""
         ...
 
     def close(self) -> None: ...

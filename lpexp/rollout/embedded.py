@@ -8,9 +8,11 @@ Results do not depend on the number of engines or slots (sampling.py, model/deco
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -62,12 +64,14 @@ class EmbeddedEngine:
         from lpexp.model.tokenizer import load_tokenizer
 
         settle(threads)
-        self.exp, self.slots, self.device = exp, slots, pick_device(device, -1 - index)
+        self.exp, self.slots, self.device = exp.fault.rollout(exp), slots, pick_device(device, -1 - index)
+        self.promised = exp if exp.fault.hidden else self.exp
         self.model = exp.model.sized()
         self.stop_id = load_tokenizer(self.model).stop_id
         self.decoder = Decoder(self.model, self.device)
         self.cache = Cache(self.model, slots, exp.task.max_prompt + exp.task.max_response, self.device)
         self.weights: Any = None
+        self.held: Mapping[str, Parts] | None = None
         self.version = -1
 
     def contract(self) -> dict[str, str]:
@@ -75,8 +79,7 @@ class EmbeddedEngine:
         from lpexp.model.served import precision_of
 
         directory = self.exp.rollout.checkpoint
-        precision = self.exp.wire if directory is None else precision_of(directory, self.model)
-        return precision.contract(self.model.params(), self.model.moe is not None)
+        return self.promised.contract(None if directory is None else precision_of(directory, self.model))
 
     def load(self, shards: dict[str, dict[str, Frozen]] | str, version: int) -> tuple[str, float]:
         """Serve these parts, or those of a directory, from now on; the checksum of what is held, and seconds."""
@@ -85,12 +88,13 @@ class EmbeddedEngine:
 
         start = time.perf_counter()
         if isinstance(shards, str):
-            held = {name: self._placed(parts) for name, parts in stored_parts(shards).items()}
+            given = {name: self._placed(parts) for name, parts in stored_parts(shards).items()}
         else:
-            held = {name: thaw(tensors, self.device) for name, tensors in shards.items()}
-        self.weights = ServedWeights(self.model, self.exp.wire, held)
+            given = {name: thaw(tensors, self.device) for name, tensors in shards.items()}
+        self.held = self.exp.fault.held(self.exp, given, self.held, version)
+        self.weights = ServedWeights(self.model, self.exp.wire, self.held)
         self.version = version
-        return checksum(held), time.perf_counter() - start
+        return checksum(given if self.exp.fault.hidden else self.held), time.perf_counter() - start
 
     def _placed(self, parts: Parts) -> Parts:
         return {suffix: part.to(self.device) for suffix, part in parts.items()}
@@ -101,7 +105,19 @@ class EmbeddedEngine:
 
         begin = time.perf_counter()
         with torch.inference_mode():
-            return Generation(self, prompts, sampling, step).run(), time.perf_counter() - begin
+            return Generation(self, prompts, self.drawn(sampling), step).run(), time.perf_counter() - begin
+
+    def drawn(self, asked: Sampling) -> Sampling:
+        """How this engine samples when it is asked to sample so."""
+        return asked.model_copy(update={"temperature": self.exp.fault.temperature(asked.temperature)})
+
+    def record(self, path: str, sampling: Sampling) -> None:
+        """Write what is held and how it is served."""
+        from lpexp.checkpoint import save_parts
+
+        assert self.held is not None
+        facts = {"precision": self.exp.wire.dump(), "sampling": self.drawn(sampling).dump(), "version": self.version}
+        save_parts(Path(path), self.held, {name: json.dumps(value) for name, value in facts.items()})
 
 
 def stored_parts(directory: str) -> dict[str, Parts]:
@@ -321,6 +337,9 @@ class EmbeddedRollout:
         spent = seconds | {"sync": time.perf_counter() - begin}
         return SyncReport(0, size, spent, sent, tuple(held), share, {})
 
+    def record(self, path: Path, sampling: Sampling) -> EmbeddedRecording:
+        return EmbeddedRecording(self, ("record", str(path), sampling))
+
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, step: int) -> EmbeddedPending:
         return EmbeddedPending(self, prompts, sampling, step)
 
@@ -362,6 +381,17 @@ class EmbeddedLoading:
     def result(self) -> tuple[list[str], dict[str, float]]:
         held = [self.rollout.owed(i, engine, future, self.call) for i, (engine, future) in enumerate(self.futures)]
         return [checksum for checksum, _ in held], {"load": max(seconds for _, seconds in held)}
+
+
+class EmbeddedRecording:
+    """An engine writing down what it holds; all engines hold the same."""
+
+    def __init__(self, rollout: EmbeddedRollout, call: tuple[Any, ...]):
+        self.rollout, self.call, self.engine = rollout, call, rollout.engines[0]
+        self.served, self.future = (rollout.shards, rollout.version), self.engine.call(*call)
+
+    def result(self) -> None:
+        self.rollout.owed(0, self.engine, self.future, self.call, self.served)
 
 
 class EmbeddedPending:

@@ -30,6 +30,12 @@ class Publishing(Protocol):
         ...
 
 
+class Waited(Protocol):
+    def result(self) -> Any:
+        """Wait until it is done."""
+        ...
+
+
 class Trainer(Protocol):
     """Holds the weights. Version v is the weights after v optimiser batches; version 0 is where the run starts."""
 
@@ -47,6 +53,10 @@ class Trainer(Protocol):
 
     def publish(self, rollout: Rollout, version: int) -> Publishing:
         """Quantise the weights of `version` (the newest, or with lag the one before) and give them to the rollout."""
+        ...
+
+    def record(self, path: Path, version: int) -> Waited:
+        """Start writing the 16-bit weights of a version that is at hand (`checkpoint.save_parts`)."""
         ...
 
     def save(self, directory: Path) -> None:

@@ -121,6 +121,7 @@ class EmbeddedRank:
         self.device = pick_device(spec.device, rank)
         self.model = exp.model.sized()
         self.params = list(self.model.params())
+        self.wire = exp.fault.rollout(exp).wire  # in which weights are shipped
         self.trained = [p for p in self.params if p.kind != "router_bias"]
         self.decoder = Decoder(self.model, self.device)
         self.version = 0
@@ -237,7 +238,15 @@ class EmbeddedRank:
     # -- what it promises --------------------------------------------------------------------------
     def contract(self) -> dict[str, str]:
         """What this rank would publish, from its own copy of the config."""
-        return self.exp.wire.contract(self.params, self.model.moe is not None)
+        return self.exp.contract()
+
+    def record(self, path: str, version: int) -> None:
+        """Write the 16-bit weights of a version."""
+        from lpexp.checkpoint import save_parts
+        from lpexp.precision.wire import ship
+
+        plain = ship(self._weights_of(version), self.params, self.exp.precision.plain, self.model.moe is not None)
+        save_parts(Path(path), {param.name: parts for param, parts in plain}, {"version": str(version)})
 
     def _shipped(self, version: int) -> dict[str, Parts]:
         """The weights of a version (the newest, or the one before) in the wire's precision, made once.
@@ -247,9 +256,9 @@ class EmbeddedRank:
         from lpexp.precision.wire import ship
 
         if self._sent is None or self._sent[0] != version:
-            parts = ship(self._weights_of(version), self.params, self.exp.wire, self.model.moe is not None)
+            parts = ship(self._weights_of(version), self.params, self.wire, self.model.moe is not None)
             self._sent = (version, {param.name: made for param, made in parts})
-            if version == self.version and self.exp.wire == self.exp.precision:
+            if version == self.version and self.wire == self.exp.precision:
                 self.weights.adopt(self._sent[1])
         return self._sent[1]
 
@@ -275,16 +284,16 @@ class EmbeddedRank:
     def _quantized_share(self) -> float:
         from lpexp.precision.wire import quantized_share
 
-        return quantized_share(self.params, self.exp.wire, self.model.moe is not None)
+        return quantized_share(self.params, self.wire, self.model.moe is not None)
 
     def prepare(self, version: int, measure: bool) -> dict[str, dict[str, float]]:
         """Quantise ahead of the next step; with `measure`, also how far the served weights are from these."""
         held = self._shipped(version)
         if not measure:
             return {}
-        moe, weights, stats = self.model.moe is not None, self._weights_of(version), QuantStats(self.exp.wire)
+        moe, weights, stats = self.model.moe is not None, self._weights_of(version), QuantStats(self.wire)
         for param in self.params:
-            if self.exp.wire.covers(param, moe):
+            if self.wire.covers(param, moe):
                 stats.add(param, weights[param.name], held[param.name])
         return stats.result()
 
@@ -606,6 +615,9 @@ class EmbeddedTrainer:
 
     def publish(self, rollout: Rollout, version: int) -> EmbeddedPublishing:
         return EmbeddedPublishing(self, rollout, version)
+
+    def record(self, path: Path, version: int) -> Future:
+        return self.ranks[0].call("record", str(path), version)
 
     def save(self, directory: Path) -> None:
         self.ranks[0].call("save", str(directory)).result()
