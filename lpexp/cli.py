@@ -9,10 +9,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from lpexp import compare, convert, evaluate, export, fetch
+from lpexp import attribute, compare, convert, evaluate, export, fetch
 from lpexp.errors import ConfigError, RunError
 
 COMMANDS = (
+    ("attribute", attribute, "what makes the gap between trainer and rollout: causes, modules, tokens"),
     ("compare", compare, "two runs, side by side or bit for bit"),
     ("export", export, "a run's checkpoint as a Hugging Face directory, in any precision"),
     ("eval", evaluate, "checkpoints under several serving precisions, as a matrix"),

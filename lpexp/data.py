@@ -103,8 +103,7 @@ class Batch:
 class LearnReport:
     """What one trainer step found, before metrics are computed from it. Arrays are [N, T], valid where `mask_NT`.
 
-    lp_C is of the first optimiser step on the batch; `update_*` of the last. `scalars` holds metric keys
-    that are already numbers (train/loss, train/grad_norm, ...); `seconds` the time/* parts spent here.
+    `scalars` holds metric keys that are numbers already (train/loss, ...); `seconds` the time/* parts spent here.
     """
 
     batch: Batch
@@ -118,6 +117,7 @@ class LearnReport:
     scalars: dict[str, float]
     seconds: dict[str, float]
     recompute: str  # "shared": lp_T is the training forward; "forward": an extra forward was made
+    routing: np.ndarray | None = None  # [3, N, T] under lp_T: layers that choose other experts, least margin, replayed
 
 
 @dataclass(frozen=True)

@@ -240,6 +240,18 @@ class Experiment(Spec):
         yield from self.rollout.judge(self)
 
     @rule
+    def _routing_can_be_replayed(self) -> Iterator[Mistake]:
+        if not self.trainer.routing_replay:
+            return
+        key, way, model = "trainer.routing_replay", "type trainer.routing_replay=false", self.model.sized()
+        sides = ((self.trainer.replays, "trainer", "replay"), (self.rollout.returns_experts, "rollout", "return"))
+        if model.moe is None:
+            yield Mistake(key, f"true, but {model.name} has no experts to route to; {way}")
+        for able, side, verb in sides:
+            if not able:
+                yield Mistake(key, f"true, but this {side} does not {verb} routers' choices; {way} or {side}=embedded")
+
+    @rule
     def _fault_fits(self) -> Iterator[Mistake]:
         yield from self.fault.judge(self)
         if self.fault.name != "none" and self.rollout.checkpoint is not None:

@@ -52,6 +52,7 @@ from lpexp.metric.learn import learn_metrics
 from lpexp.metric.mismatch import mismatch_metrics, worst_tokens
 from lpexp.metric.reward import eval_metrics, response_metrics, reward_metrics
 from lpexp.metric.sync import sync_metrics
+from lpexp.sentinel import Alarm, Sentinels
 
 if TYPE_CHECKING:
     from lpexp.experiment import Experiment
@@ -75,6 +76,7 @@ class Log:
         self._started = False
         _describe(self)
         there = journal.cut(run_dir / journal.METRICS, start_step)
+        self.sentinels = Sentinels(exp, run_dir, journal.read(run_dir / journal.METRICS))
         self.event("start", step=start_step, pid=os.getpid(), overrides=self.overrides, contract=contract)
         if there != list(range(start_step)):
             lacking = sorted(set(range(start_step)) - set(there))
@@ -98,6 +100,8 @@ class Log:
             self._clock = _Clock()
         self._wandb.log(line)
         self.console.step(line)
+        for alarm in self.sentinels.look(line):
+            self.alarm(alarm)
 
     def time(self, name: str) -> contextlib.AbstractContextManager[None]:
         """Seconds spent inside count as time/<name>, in the line of the step that runs or comes next."""
@@ -112,6 +116,14 @@ class Log:
         """An event that the person who watches should know of."""
         self.event(kind, message=message)
         self.console.warn(message)
+
+    def alarm(self, alarm: Alarm) -> None:
+        """What a sentinel found; with on_alarm=stop a RunError too."""
+        self.event("alarm", **alarm._asdict())
+        self.console.warn(str(alarm))
+        if self.exp.on_alarm == "stop":
+            way = f"resume=auto output_dir={self.run_dir} on_alarm=warn goes on"
+            raise RunError(f"stopped by on_alarm=stop at step {alarm.step}, sentinel {alarm.sentinel}; {way}")
 
     def sync(self, report: SyncReport) -> Metrics:
         """Judge a weight update and remember its version; returns its metrics. For the one before the first step.
@@ -186,6 +198,8 @@ class Note:
         import torch
 
         exp, batch = self._log.exp, report.batch
+        if alarm := self._log.sentinels.nonfinite(report):
+            self._log.alarm(alarm)
         lp_P, lp_R, mask = (torch.from_numpy(a) for a in (report.lp_P, batch.logprobs_rollout_NT, batch.mask_NT))
         low, high = (cut.numpy() for cut in exp.correction.clipped(lp_P, lp_R, mask))
         clip_low, clip_high = getattr(exp.algorithm, "clip_low", None), getattr(exp.algorithm, "clip_high", None)

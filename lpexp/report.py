@@ -43,6 +43,11 @@ def summarise(run_dir: Path) -> dict[str, Any]:
         if len(values := _curve(lines, key)[1]):
             found[key] = float(np.median(values))
     found["seconds"] = float(_curve(lines, "time/step")[1].sum())
+    alarms = [event for event in journal.read(run_dir / journal.EVENTS) if event["kind"] == "alarm"]
+    once = {(one["step"], one["sentinel"]): one for one in alarms}  # a resume raises those of its steps again
+    found["alarms"] = [
+        {key: one[key] for key in ("sentinel", "step", "key", "value", "expected")} for one in once.values()
+    ]
     return found
 
 
@@ -65,6 +70,7 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     speed = f"{found['time/step']:.2f} s a step"
     if "throughput/rollout_tokens_per_s" in found:
         speed += f", rollout {count(found['throughput/rollout_tokens_per_s'])} tokens/s"
+    table.append(("alarms", ", ".join(f"{one['sentinel']} at step {one['step']}" for one in found["alarms"]) or "none"))
     table.append(("speed (median)", speed))
     table.append(("steps", f"{found['steps']} in {found['seconds']:.0f} s"))
     table.append(("run", found["run_dir"]))

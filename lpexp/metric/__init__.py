@@ -9,7 +9,7 @@ Aggregations: T token mean, S sequence mean, X extreme, Q quantile, N count, F f
 A volatile key (times, speeds, memory) may differ between two equal runs; `lpexp compare --exact` skips it.
 
 An empty mask makes a key absent, never 0; nothing is clamped unless the formula says so; a non-finite log-prob fails
-the step. Left out until what they measure exists: routing/*, mismatch/attribution/*, throughput/mfu_*,
+the step. Left out until what they measure exists: throughput/mfu_*,
 staleness/dropped_samples, and the correction keys of veto, opsm and batch normalisation.
 """
 
@@ -93,6 +93,25 @@ METRICS: tuple[Metric, ...] = (
     Metric("staleness/logprob_abs_diff_mean", "<|v|>", "nat", "T", "The same gap, typical size."),
     Metric("offpolicy/kl_k3", "<exp(x) - 1 - x>, x = lp_C - lp_R", "nat", "T", "All three gaps at once."),
     Metric("offpolicy/ratio_mean", "<exp(lp_C - lp_R)>", "1", "T", "All three gaps at once."),
+    # -- routing: mixtures of experts --------------------------------------------------------------------------------
+    Metric(
+        "routing/disagreement_frac",
+        "pairs (response token, layer) whose experts differ / pairs",
+        "1",
+        "F",
+        "The trainer's own choice against the rollout's, as sets; with replay, what it would have chosen.",
+    ),
+    Metric("routing/token_any_frac", "share of tokens with a layer that differs", "1", "F", "Tokens touched."),
+    Metric("routing/layers_per_token", "<layers that differ>", "layers", "T", "How deep a token is touched."),
+    Metric(
+        "routing/margin_p05",
+        "5 % quantile over tokens of min_layer (k-th - (k+1)-th router score)",
+        "1",
+        "Q",
+        "A small margin flips by rounding alone.",
+    ),
+    Metric("routing/replayed_frac", "pairs routed as the rollout did / pairs", "1", "F", "1 with replay, 0 without."),
+    Metric("routing/replay_missing_count", "pairs not replayed", "pairs", "N", "With replay on; 0 is right."),
     # -- correction: what was done about it ---------------------------------------------------------------------------
     Metric("correction/weight_mean", "<w'>", "1", "T", "Mean weight; 1 without a correction."),
     Metric("correction/weight_min", "min w'", "1", "X", "Smallest weight."),

@@ -1,4 +1,4 @@
-"""staleness/*, offpolicy/*, update/*, correction/* and train/* of one trainer step.
+"""staleness/*, offpolicy/*, routing/*, update/*, correction/* and train/* of one trainer step.
 
 The three gaps stay apart: d = lp_T - lp_R is mismatch/*, v = lp_P - lp_T is staleness/*, u = lp_C - lp_P is update/*.
 Formulas: the dictionary in lpexp/metric/__init__.py. Left out: the keys of corrections that do not exist here.
@@ -11,6 +11,7 @@ import numpy as np
 from lpexp.data import LearnReport, Metrics
 from lpexp.errors import RunError
 from lpexp.metric.mismatch import check_finite, k3, plain
+from lpexp.metric.routing import routing_metrics
 
 FULL_REWARD = 1.0  # "correct", where only the reward is known
 CLAMP = 20.0  # nat: corrections clamp log-ratios to this before exp
@@ -37,6 +38,8 @@ def learn_metrics(
         "train/entropy": report.entropy[mask].astype(np.float64).mean(),
         "train/entropy_sampled": -report.lp_C[mask].astype(np.float64).mean(),
     }
+    if report.routing is not None and batch.experts is not None:
+        found |= routing_metrics(report.routing, batch.experts, mask)
     if report.lp_ref is not None:
         found["train/kl_ref_k3"] = k3(_gap(report.lp_ref, report.lp_C, mask)).mean()
     twice = sorted(set(found) & set(report.scalars))

@@ -110,11 +110,7 @@ def check_finite(lp_T: np.ndarray, lp_R: np.ndarray, mask: np.ndarray) -> None:
 
 def worst_tokens(report: LearnReport) -> list[dict[str, Any]]:
     """The table mismatch/worst_tokens: up to 20 tokens by |lp_T - lp_R|, worst first; those that agree are left out."""
-    batch = report.batch
-    d = report.lp_T.astype(np.float64) - batch.logprobs_rollout_NT
-    size = np.where(batch.mask_NT, np.abs(d), 0.0)
-    order = np.argsort(-size, axis=None, kind="stable")[:WORST]
-    places = [(int(row), int(column)) for row, column in zip(*np.unravel_index(order, size.shape), strict=True)]
+    batch, routed = report.batch, report.routing
     return [
         {
             "prompt_id": int(batch.prompt_ids_N[row]),
@@ -126,9 +122,17 @@ def worst_tokens(report: LearnReport) -> list[dict[str, Any]]:
             "entropy": float(report.entropy[row, column]),
             "weight": float(report.weights[row, column]),
         }
-        for row, column in places
-        if size[row, column] > 0
+        | ({} if routed is None else {"router_flips": int(routed[0, row, column])})
+        for row, column in worst_places(report.lp_T, batch.logprobs_rollout_NT, batch.mask_NT)
     ]
+
+
+def worst_places(lp_T: np.ndarray, lp_R: np.ndarray, mask: np.ndarray) -> list[tuple[int, int]]:
+    """(row, column) of up to 20 tokens by |lp_T - lp_R|, worst first; those that agree are left out."""
+    size = np.where(mask, np.abs(lp_T.astype(np.float64) - lp_R), 0.0)
+    order = np.argsort(-size, axis=None, kind="stable")[:WORST]
+    places = [(int(row), int(column)) for row, column in zip(*np.unravel_index(order, size.shape), strict=True)]
+    return [place for place in places if size[place] > 0]
 
 
 def plain(value: Any) -> Any:

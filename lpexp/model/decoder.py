@@ -140,6 +140,35 @@ def is_product(param: Param) -> bool:
     return len(param.shape) == 2 and param.kind not in ("embed", "head", "router")
 
 
+class Routes:
+    """The routers of one forward pass over R rows: what they chose, and what they are made to use instead.
+
+    `given` [R, moe layers, top_k] holds the choices of another pass, in the order in which their shares are summed; -1
+    leaves a row its own. `chosen` and, if `margins` are asked for, `margin` receive a tensor for each layer with
+    experts: a row's own choice [R, top_k], and by how much its last expert beat the first that was left out [R]. Rows
+    beyond R are padding.
+    """
+
+    def __init__(self, given: Tensor | None = None, margins: bool = False):
+        self.given, self.margins = given, margins
+        self.chosen: list[Tensor] = []
+        self.margin: list[Tensor] = []
+
+    def choose(self, ranked_RE: Tensor, top_k: int) -> Tensor:
+        """The experts [R, top_k] of the next layer."""
+        own = ranked_RE.topk(top_k, -1).indices
+        if self.margins and top_k < ranked_RE.shape[-1]:
+            best = ranked_RE.topk(top_k + 1, -1).values
+            self.margin.append(best[:, -2] - best[:, -1])
+        layer = len(self.chosen)
+        self.chosen.append(own)
+        if self.given is None:
+            return own
+        given = torch.full_like(own, -1)
+        given[: len(self.given)] = self.given[:, layer]
+        return given.where(given >= 0, own)
+
+
 class Cache:
     """Keys and values of `slots` sequences, each up to `span` tokens: a row a token, [slots * span, heads, D]."""
 
@@ -194,12 +223,11 @@ class Decoder:
         weights: Weights,
         tokens_BT: Tensor,
         keep: list[tuple[Tensor, Tensor]] | None = None,
-        routes: list[Tensor] | None = None,
+        routes: Routes | None = None,
     ) -> Tensor:
         """Whole sequences -> final normed hidden states [B, T, H].
 
-        `keep` receives each layer's (k, v) [B, T, heads, D]; `routes` each mixture-of-experts layer's choices
-        [B, T, top_k].
+        `keep` receives each layer's (k, v) [B, T, heads, D]; the rows of `routes` are the tokens, sequence by sequence.
         """
         batch, length = tokens_BT.shape
         t_T = torch.arange(length, device=tokens_BT.device)
@@ -213,12 +241,16 @@ class Decoder:
             return ops.attention(q, k, v, seen, self.scale, weights.half)
 
         x = self._layers(weights, tokens_BT.reshape(-1), t_T.repeat(batch), seen_R4, attend, routes)
-        if routes is not None:
-            routes[:] = [chosen.unflatten(0, (batch, length)) for chosen in routes]
         return x.unflatten(0, (batch, length))
 
     def continued(
-        self, weights: Weights, prompts_PT: Tensor, answers_NT: Tensor, owner_N: Tensor, lengths_N: Tensor
+        self,
+        weights: Weights,
+        prompts_PT: Tensor,
+        answers_NT: Tensor,
+        owner_N: Tensor,
+        lengths_N: Tensor,
+        routes: Routes | None = None,
     ) -> Tensor:
         """Answers whose prompts are computed once for all of them -> hidden states [P * Tp + N * Ta, H].
 
@@ -239,7 +271,7 @@ class Decoder:
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
             return ops.attention(q, k, v, seen, self.scale, weights.half)
 
-        return self._layers(weights, tokens_R, positions_R, torch.cat((seen_P, seen_N)), attend, None)
+        return self._layers(weights, tokens_R, positions_R, torch.cat((seen_P, seen_N)), attend, routes)
 
     def decode(
         self,
@@ -247,7 +279,7 @@ class Decoder:
         tokens_B: Tensor,
         positions_B: Tensor,
         cache: Cache,
-        routes: list[Tensor] | None = None,
+        routes: Routes | None = None,
     ) -> Tensor:
         """One token for each of the cache's first B sequences, at its position -> hidden [B, H]."""
         rows = len(tokens_B)
@@ -268,7 +300,7 @@ class Decoder:
         positions_R: Tensor,
         seen_R4: Tensor,
         attend: Callable[[int, Tensor, Tensor, Tensor, Tensor], Tensor],
-        routes: list[Tensor] | None,
+        routes: Routes | None,
     ) -> Tensor:
         """R rows, each a token at its position; `attend` (layer, q, k, v, seen) says whose keys `seen` speaks of.
 
@@ -296,8 +328,6 @@ class Decoder:
                 x = ops.add(x, self._experts(weights, normed, f"{at}.mlp", routes), weights.half)
             else:
                 x = ops.add(x, mlp(weights, normed, f"{at}.mlp"), weights.half)
-        if routes is not None:
-            routes[:] = [chosen[:rows] for chosen in routes]
         return self._norm(weights, x, "model.norm.weight")[:rows]
 
     def _norm(self, weights: Weights, x: Tensor, name: str) -> Tensor:
@@ -341,7 +371,7 @@ class Decoder:
     def _latent_norm(self, weights: Weights, x: Tensor, name: str) -> Tensor:
         return ops.rms_norm(x, weights.tensor(name), 1e-6, weights.half)  # whatever rms_norm_eps says, as upstream
 
-    def _experts(self, weights: Weights, x: Tensor, at: str, routes: list[Tensor] | None) -> Tensor:
+    def _experts(self, weights: Weights, x: Tensor, at: str, routes: Routes | None) -> Tensor:
         """Mixture of experts: each token's top_k experts, weighted; sums run in expert order in float32."""
         moe = self.model.moe
         assert moe is not None
@@ -358,9 +388,7 @@ class Decoder:
                 ranked_RE = grouped.masked_fill(~kept[..., None], 0.0).flatten(1)
         else:
             scores_RE = ranked_RE = torch.softmax(scores_RE, -1)
-        chosen_RK = ranked_RE.detach().topk(moe.top_k, -1).indices
-        if routes is not None:
-            routes.append(chosen_RK)
+        chosen_RK = (routes or Routes()).choose(ranked_RE.detach(), moe.top_k)
         share_RK = scores_RE.gather(1, chosen_RK)
         if moe.norm_topk:
             share_RK = share_RK / (share_RK.sum(-1, keepdim=True) + (1e-20 if moe.scoring == "sigmoid" else 0.0))

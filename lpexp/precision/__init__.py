@@ -17,7 +17,7 @@ import re
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import PlainValidator
 from pydantic_core import PydanticCustomError
@@ -104,6 +104,13 @@ class Tally:
         return found
 
 
+class Band(NamedTuple):
+    """Where a mismatch should lie, nat; two-sided, since a gap that is too small means that nothing was quantised."""
+
+    abs_mean: tuple[float, float]  # <|d|>
+    kl_k3: tuple[float, float]
+
+
 class Precision(Spec):
     """One number format and its arithmetic. `name` is the word in conf/precision/."""
 
@@ -116,6 +123,7 @@ class Precision(Spec):
     rows: ClassVar[int | None] = (
         None  # so many rows are quantised alone to the bytes of the whole; None: only the whole
     )
+    gap: ClassVar[Band | None] = None  # of a first batch, where only one side computes so and the other is plain
     reads: ClassVar[str] = ""  # the kind of `quantization_config` that `read_hf` understands
 
     # -- what is quantised -----------------------------------------------------------------------------------------
@@ -167,6 +175,10 @@ class Precision(Spec):
     @abstractmethod
     def serve(self, x: Tensor, operand: Any) -> Tensor:
         """The same product from the served operand, without autograd: equal to `linear` bit for bit."""
+
+    def read(self, x: Tensor) -> Tensor:
+        """The float32 values that a product reads in place of its input x [..., K], which `round` leaves alone."""
+        return x
 
     def accumulate(self, x: Tensor, weight: Tensor, operand: Any = None) -> Tensor:
         """The plain product with its float32 sums unrounded, with autograd: head and router on both sides."""

@@ -14,7 +14,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from lpexp.data import Param
-from lpexp.precision import Layout, Parts, Precision, Scoped, Tally, left_out, patterns, read_scope
+from lpexp.precision import Band, Layout, Parts, Precision, Scoped, Tally, left_out, patterns, read_scope
 from lpexp.precision.bf16 import Bf16
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class Fp8(Scoped):
 
     reads: ClassVar[str] = "fp8 with weight_block_size [128, 128] and dynamic activations"
     rows: ClassVar[int | None] = 128
+    gap: ClassVar[Band | None] = Band((0.004, 0.06), (2e-5, 6e-3))
     scale_format: Literal["fp32", "pow2"] = "fp32"
     backward: Literal["quantised", "high_precision", "dequantised"] = "quantised"
 
@@ -59,6 +60,12 @@ class Fp8(Scoped):
     def round(self, x: Tensor) -> Tensor:
         return PLAIN.round(x)
 
+    def read(self, x: Tensor) -> Tensor:
+        from lpexp.precision import numeric
+
+        codes, scale = numeric.quantize_rows(x.reshape(-1, x.shape[-1]), numeric.FLOOR, self._pow2)
+        return (codes * numeric.spread(scale, x.shape[-1])).reshape(x.shape)
+
     def operand(self, parts: Parts) -> Operand:
         from lpexp.precision import numeric
 
@@ -73,9 +80,8 @@ class Fp8(Scoped):
 
         if any(operand.codes.shape[0] % numeric.BLOCK for operand in operands):
             return None
-        return Operand(
-            *(torch.cat(parts, dim) for parts, dim in zip(zip(*operands, strict=True), (0, 1, 0), strict=True))
-        )
+        dims = zip(zip(*operands, strict=True), (0, 1, 0), strict=True)
+        return Operand(*(torch.cat(parts, dim) for parts, dim in dims))
 
     def linear(self, x: Tensor, weight: Tensor, operand: Operand | None = None) -> Tensor:
         made = self.operand(self.quantize(weight)) if operand is None else operand
@@ -108,13 +114,8 @@ class Fp8(Scoped):
         return {"identity": identity, "block": [128, 128], "scale_format": self.scale_format}
 
     def hf(self, params: Iterable[Param], moe: bool) -> dict[str, Any]:
-        config: dict[str, Any] = {
-            "quant_method": "fp8",
-            "fmt": "e4m3",
-            "activation_scheme": "dynamic",
-            "weight_block_size": [128, 128],
-            "modules_to_not_convert": left_out(self, params, moe),
-        }
+        config: dict[str, Any] = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
+        config |= {"weight_block_size": [128, 128], "modules_to_not_convert": left_out(self, params, moe)}
         return config | ({"scale_fmt": "ue8m0"} if self._pow2 else {})
 
     @classmethod
@@ -162,8 +163,7 @@ def _product() -> Any:
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-            x, weight, *operand = ctx.saved_tensors
-            codes, scale_BN, scale_BK = operand
+            x, weight, codes, scale_BN, scale_BK = ctx.saved_tensors
             pow2, shape = ctx.spec._pow2, x.shape
             x, dy = x.reshape(-1, shape[-1]), numeric.bf16(grad.reshape(-1, codes.shape[0]))
             dx = dw = None
@@ -177,8 +177,7 @@ def _product() -> Any:
                     dw = numeric.block_outer(q_y, s_y, q_x, s_x)  # [N, M] @ [M, K]
             else:
                 if ctx.spec.backward == "dequantised":
-                    q_x, s_x = numeric.quantize_rows(x, FLOOR, pow2)
-                    x = numeric.bf16(q_x * numeric.spread(s_x, shape[-1]))
+                    x = numeric.bf16(ctx.spec.read(x))
                     w = numeric.bf16(codes * numeric.spread(scale_BN.t(), shape[-1]))
                 else:
                     w = numeric.bf16(weight)

@@ -66,6 +66,12 @@ class Scaled(Scoped):
     def round(self, x: Tensor) -> Tensor:
         return PLAIN.round(x)
 
+    def read(self, x: Tensor) -> Tensor:
+        from lpexp.precision import numeric
+
+        codes, scale = numeric.quantize_e4m3(x, -1, numeric.FLOOR, False)
+        return codes * scale
+
     def operand(self, parts: Parts) -> Operand:
         from lpexp.precision import numeric
 

@@ -77,6 +77,8 @@ class RolloutSpec(Spec):
     """Config of a rollout; `build` imports its backend. `precision: None` serves what the trainer trains."""
 
     ABSTRACT: ClassVar[bool] = True
+    arithmetic: ClassVar[str] = ""  # equal on both sides: equal precisions give equal bits on a CPU
+    returns_experts: ClassVar[bool] = False  # samples carry their routers' choices
     precision: Precision | None = None
     checkpoint: str | None = None  # a served directory: it fixes the rollout's precision and is version 0
     temperature: float = Field(default=1.0, gt=0)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -38,6 +38,8 @@ HEAL_ATTEMPTS = 3
 class EmbeddedRolloutSpec(RolloutSpec):
     """`engines` workers of `slots` sequences each; neither changes a result."""
 
+    arithmetic: ClassVar[str] = "lpexp"
+    returns_experts: ClassVar[bool] = True
     engines: int = Field(ge=1)
     slots: int = Field(ge=1)
     device: Literal["auto", "cpu", "cuda"]
@@ -212,17 +214,19 @@ class Generation:
         """Logits [B, V] after these tokens."""
         import torch
 
+        from lpexp.model.decoder import Routes
+
         engine, live = self.engine, self.live
         if not live:
             return torch.empty(0, engine.model.vocab_size, device=engine.device)
-        routes: list[Tensor] | None = [] if engine.model.moe else None
+        routes = Routes() if engine.model.moe else None
         positions_B = torch.tensor([one.length for one in live], device=engine.device)
         hidden = engine.decoder.decode(engine.weights, tokens_B, positions_B, engine.cache, routes)
         for one in live:
             one.length += 1
         if routes:
-            chosen = torch.stack(routes, 1).cpu().numpy().astype(np.int16)  # [B, layers, K]
-            for one, choice in zip(live, chosen, strict=True):
+            chosen = torch.stack(routes.chosen, 1).cpu().numpy().astype(np.int16)  # [B and padding, layers, K]
+            for one, choice in zip(live, chosen, strict=False):
                 one.routes.append(choice[None])
         return engine.decoder.head(engine.weights, hidden)
 
@@ -252,6 +256,8 @@ class Generation:
         """Keys, values, routes and last logits of prompts: once for a whole group."""
         import torch
 
+        from lpexp.model.decoder import Routes
+
         if not fresh:
             return
         engine = self.engine
@@ -260,14 +266,15 @@ class Generation:
         for row, p in enumerate(fresh):
             tokens[row, : lengths[row]] = self.prompts[p].tokens
         keep: list[tuple[Tensor, Tensor]] = []
-        routes: list[Tensor] | None = [] if engine.model.moe else None
+        routes = Routes() if engine.model.moe else None
         tokens_PT = torch.from_numpy(tokens).to(engine.device)
         hidden = engine.decoder.hidden(engine.weights, tokens_PT, keep, routes)
         last = hidden[torch.arange(len(fresh)), torch.tensor(lengths) - 1]
         logits = engine.decoder.head(engine.weights, last)
-        chosen = torch.stack(routes, 2).cpu().numpy().astype(np.int16) if routes else None  # [P, T, layers, K]
+        chosen = torch.stack(routes.chosen, 1).cpu().numpy().astype(np.int16) if routes else None  # [P T, layers, K]
         for row, p in enumerate(fresh):
-            seen = [] if chosen is None else [chosen[row, : lengths[row]]]
+            at = row * tokens.shape[1]
+            seen = [] if chosen is None else [chosen[at : at + lengths[row]]]
             self.prefilled[p] = Prefilled([(k[row], v[row]) for k, v in keep], logits[row], seen)
 
     def _sample(self, one: Live) -> Sample:

@@ -71,6 +71,9 @@ class TrainerSpec(Spec):
 
     ABSTRACT: ClassVar[bool] = True
     reads_layout: ClassVar[bool] = False  # its sizes are the model's `parallel`, which conf/layout/ fills in
+    arithmetic: ClassVar[str] = ""  # equal on both sides: equal precisions give equal bits on a CPU
+    replays: ClassVar[bool] = False  # it can route tokens as the rollout did
+    routing_replay: bool = False  # use the experts that the rollout chose, with the trainer's own shares (R3)
 
     def judge(self, exp: Experiment) -> Iterable[Mistake]:
         """Mistakes between this part and the rest of the experiment; keys from the root."""

@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -31,18 +31,21 @@ if TYPE_CHECKING:
 
     from lpexp.cluster import Future, Handle, Workers
     from lpexp.experiment import Experiment
-    from lpexp.model.decoder import TrainWeights
+    from lpexp.model.decoder import Routes, TrainWeights
     from lpexp.precision import Parts, Precision
     from lpexp.rollout import Rollout
 
 MOST_PARAMS_CPU, MOST_PARAMS_GPU = 1_000_000_000, 8_000_000_000  # 16 bytes each: what a laptop, and one large GPU, hold
 WEIGHTS, PREVIOUS, REFERENCE = "weights.safetensors", "previous.safetensors", "reference.safetensors"
+ROUTING = ("flips", "margin", "replayed")  # LearnReport.routing
 MASTER, OPTIMIZER, TRAINER = "master.safetensors", "optimizer.safetensors", "trainer.json"
 
 
 class EmbeddedTrainerSpec(TrainerSpec):
     """`ranks` share the work and change no result; `micro_batches` fixes how gradients are summed."""
 
+    arithmetic: ClassVar[str] = "lpexp"
+    replays: ClassVar[bool] = True
     ranks: int = Field(ge=1)
     micro_batches: int = Field(ge=1)
     device: Literal["auto", "cpu", "cuda"]
@@ -312,10 +315,12 @@ class EmbeddedRank:
             with torch.no_grad():
                 for start, stop in (rows for update in shares for rows in update):
                     part = batch.rows(start, stop)
-                    lp_P, entropy = self._score(self.weights, part)
+                    lp_P, entropy = self._score(self.weights, part, None if stale else (found, start))
                     found.put("lp_P", start, lp_P)
                     found.put("entropy", start, entropy)
-                    found.put("lp_T", start, self._score(self._sampled_by(part), part)[0] if stale else lp_P)
+                    if stale:
+                        lp_P, _ = self._score(self._sampled_by(part), part, (found, start))
+                    found.put("lp_T", start, lp_P)
         recompute = time.perf_counter() - begin
         if exp.lag:
             self.previous = {name: leaf.detach().clone() for name, leaf in self.weights.leaves.items()}
@@ -388,17 +393,41 @@ class EmbeddedRank:
             self._frozen = (int(versions[0]), TrainWeights(self.model, self.exp.precision, self.previous))
         return self._frozen[1]
 
-    def _score(self, weights: TrainWeights, part: Batch) -> tuple[Tensor, Tensor]:
-        """Log-probability and entropy of each response token: two float32 vectors over part.mask_NT's tokens."""
+    def _score(
+        self, weights: TrainWeights, part: Batch, routing: tuple[Found, int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probability and entropy of each response token: two float32 vectors over part.mask_NT's tokens.
+
+        `routing` says where to note how the routers chose beside the rollout's (and from which row on).
+        """
         import torch
 
-        from lpexp.model.decoder import token_logprobs
+        from lpexp.model.decoder import Routes, token_logprobs
 
-        view = Shared(part)
+        view, routes = Shared(part), None
         prompts, answers, owner, lengths, before, tokens = (torch.from_numpy(a).to(self.device) for a in view.arrays)
-        hidden = self.decoder.continued(weights, prompts, answers, owner, lengths)
+        replay = self.spec.routing_replay and weights is not self.reference
+        if replay and part.experts is None:
+            raise RunError(f"step {part.step}: trainer.routing_replay is on, but the rollout returned no experts")
+        if part.experts is not None and (replay or routing):
+            recorded = torch.from_numpy(view.experts(part.experts)).to(self.device)
+            routes = Routes(recorded if replay else None, margins=routing is not None)
+        hidden = self.decoder.continued(weights, prompts, answers, owner, lengths, routes)
+        if routing and routes:
+            self._note_routing(*routing, routes, recorded[before], before)
         logits = self.decoder.head(weights, hidden[before])  # of the token before each response token
         return token_logprobs(logits, tokens, self.exp.rollout.temperature)
+
+    def _note_routing(self, found: Found, start: int, routes: Routes, recorded: Tensor, before: Tensor) -> None:
+        """Of each response token: layers that choose other experts than the rollout, least margin, layers replayed."""
+        import torch
+
+        own = torch.stack(routes.chosen, 1)[before]  # [tokens, layers, top_k]
+        found.put("flips", start, (own.sort(-1).values != recorded.sort(-1).values).any(-1).sum(-1))
+        margins = torch.stack(routes.margin, 1)[before] if routes.margin else own.new_zeros(own.shape[:2])
+        found.put("margin", start, margins.amin(-1))
+        known = (recorded >= 0).all(-1).sum(-1)
+        found.put("replayed", start, known if routes.given is not None else torch.zeros_like(known))
 
     def _backward(
         self, part: Batch, found: Found, start: int, ahead: bool, num_tokens: int, num_samples: int
@@ -406,7 +435,7 @@ class EmbeddedRank:
         """One micro-batch: forward, loss, gradients into the leaves; the loss terms."""
         import torch
 
-        lp_flat, entropy = self._score(self.weights, part)
+        lp_flat, entropy = self._score(self.weights, part, None if ahead else (found, start))
         mask = torch.from_numpy(part.mask_NT).to(self.device)
         if not ahead:
             for name in ("lp_T", "lp_P"):
@@ -497,6 +526,18 @@ class Shared:
         at_answer = len(prompts) * longest + n * width + j - 1
         before = np.where(j == 0, at_prompt, at_answer)
         self.arrays = (asked, answers, owner, lengths, before, tokens[n, lengths[n] + j])
+        self._first, self._lengths, self._sizes, self._longest, self._width = first, lengths, sizes, longest, width
+
+    def experts(self, experts: np.ndarray) -> np.ndarray:
+        """The rollout's choices [n, T - 1, layers, top_k] for each row of prompts, then of answers; -1: padding."""
+        asked, j = experts[self._first, : self._longest], np.arange(self._width)
+        inside = np.arange(self._longest) < self._lengths[self._first, None]
+        places = np.minimum(self._lengths[:, None] + j, experts.shape[1] - 1)
+        answered = np.take_along_axis(experts, places[..., None, None], 1)
+        read = j < self._sizes[:, None] - 1
+        parts = ((asked, inside), (answered, read))
+        rows = [np.where(keep[..., None, None], part, -1).reshape(-1, *experts.shape[2:]) for part, keep in parts]
+        return np.concatenate(rows).astype(np.int64)
 
 
 class Found:
@@ -659,6 +700,7 @@ class EmbeddedLearning:
             entropy=arrays["entropy"],
             weights=arrays["weights"],
             lp_ref=arrays.get("lp_ref"),
+            routing=np.stack([arrays[name] for name in ROUTING]) if ROUTING[0] in arrays else None,
             version=self.version,
             scalars=scalars,
             seconds=seconds | {"learn": time.perf_counter() - self.begin - seconds["recompute"]},
