@@ -31,6 +31,7 @@ MAY_CHANGE = (
     "resume",
     "resume_force",
     "on_alarm",
+    "band",
     "dry_run",
     "stop_grace_s",
     "wandb",
@@ -70,6 +71,19 @@ class Record(Spec):
     weights_every: int = Field(ge=0)  # steps; of these and of the first two, both sides' weights are kept; 0: of none
 
 
+class BandSpec(Spec):
+    """Where the first batch's mismatch should lie on this model and task, nat: least and most."""
+
+    abs_mean: tuple[float, float] = Field(strict=False)  # of <|d|>
+    kl_k3: tuple[float, float] = Field(strict=False)
+
+    @rule
+    def _in_order(self) -> Iterator[Mistake]:
+        for key, (low, high) in (("abs_mean", self.abs_mean), ("kl_k3", self.kl_k3)):
+            if not 0 <= low <= high:
+                yield Mistake(key, f"[{low:g}, {high:g}] is no band; write the lower end first, from 0 on")
+
+
 class Wandb(Spec):
     mode: Literal["offline", "online", "disabled"]
     project: str
@@ -88,6 +102,7 @@ class Experiment(Spec):
     resume: str  # none | auto | a run directory
     resume_force: bool
     on_alarm: Literal["warn", "stop"]
+    band: BandSpec | None
     dry_run: bool
     stop_grace_s: float = Field(ge=0)
     cluster: Cluster

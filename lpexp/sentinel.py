@@ -9,7 +9,6 @@ Left out: canary prompts, and change points further back than two windows. Bands
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import median
@@ -33,6 +32,7 @@ WINDOW = 20  # steps; trends compare the medians of two windows
 DRIFT = 2.0
 ENTROPY_RISE, ENTROPY_FALL = 1.5, 0.25
 CLIP_FLOOR = 0.1  # share of a sign's tokens
+SCALE = "a scale that was not loaded"
 SAME_FORWARD = 1e-8  # nat: k3 between two forwards of the same weights
 
 
@@ -118,6 +118,8 @@ class Sentinels:
 
 def band_of(exp: Experiment) -> Band | None:
     """Where the first batch's mismatch should lie; None: nobody has measured this pair."""
+    if exp.band is not None:
+        return Band(exp.band.abs_mean, exp.band.kl_k3)
     model, alike = exp.model.sized(), exp.trainer.arithmetic == exp.rollout.arithmetic != ""
     return expected(exp.precision, exp.wire, list(model.params()), model.moe is not None, alike and not _on_gpu(exp))
 
@@ -242,31 +244,30 @@ SENTINELS: dict[str, Callable[[Sentinels, Any], Finding | None]] = {
 
 
 def _too_high(run: Sentinels, line: Metrics) -> Iterator[str]:
-    assert run.band is not None
-    scale = "a scale that was not loaded"
-    covers = any(
-        run.exp.wire.covers(param, run.exp.model.sized().moe is not None) for param in run.exp.model.sized().params()
-    )
-    huge = covers and line[MEAN] > 1  # nat: rounding does not do that
-    yield from (scale,) if huge else ()
-    yield from (cause for cause in _sides(run) if not (huge and cause == scale))
+    huge = _quantises(run.exp) and line[MEAN] > 1  # nat: rounding does not do that
+    yield from (SCALE,) if huge else ()
+    yield from (cause for cause in _sides(run) if not (huge and cause == SCALE))
+    if run.band is not None and run.band.abs_mean[1] > 0:
+        yield "a model that this precision hurts more than the measured ones: then say its band (config key `band`)"
 
 
 def _sides(run: Sentinels) -> Iterator[str]:
     """What can differ between two sides, the commonest mistake first."""
-    exp, model = run.exp, run.exp.model.sized()
-    both = {**exp.precision.format(), **exp.wire.format()}
-    moe = model.moe is not None
-    if any(precision.covers(p, moe) for precision in (exp.precision, exp.wire) for p in model.params()):
-        if "group_size" in both:
+    if _quantises(run.exp):
+        if "group_size" in {**run.exp.precision.format(), **run.exp.wire.format()}:
             yield "wrong group size on one side"
         yield "another rule for scales on one side"
         yield "a module that only one side quantises"
-        yield "a scale that was not loaded"
+        yield SCALE
     yield "stale or other weights on one side"
     yield "another sampling convention: temperature, or log-probabilities after a cut"
-    if not math.isclose(exp.rollout.temperature, 1):
-        yield f"temperature {exp.rollout.temperature:g} applied on one side only"
+
+
+def _quantises(exp: Experiment) -> bool:
+    """Does either side quantise a tensor?"""
+    model = exp.model.sized()
+    sides, moe = (exp.precision, exp.wire), model.moe is not None
+    return any(precision.covers(param, moe) for precision in sides for param in model.params())
 
 
 def _too_low(run: Sentinels) -> Iterator[str]:

@@ -61,15 +61,13 @@ def difference(
 def _spoiled(meant: Parts, held: Parts, theirs: Precision) -> Difference:
     """The engine holds what its own precision does not make of these weights."""
     for suffix, part in held.items():
-        if "scale" in suffix and suffix in meant and _constant(part) and not _constant(meant[suffix]):
-            told = f"{suffix} is {float(part.reshape(-1)[0]):g} everywhere in the engine"
-            return Difference(MISSING_SCALE, told)
+        if "scale" in suffix and suffix in meant and _ones(part) and not _ones(meant[suffix]):
+            return Difference(MISSING_SCALE, f"{suffix} is 1 everywhere in the engine")
     return Difference(CODES, f"the engine holds codes that {theirs.name} does not make of these weights")
 
 
-def _constant(part: Tensor) -> bool:
-    values = part.float()
-    return bool((values == values.reshape(-1)[0]).all()) and float(values.reshape(-1)[0]) == 1.0
+def _ones(part: Tensor) -> bool:
+    return bool((part.float() == 1).all())
 
 
 def _declared(param: Param, trainer: Precision, rollout: Precision, made: Parts, held: Parts, moe: bool) -> Difference:

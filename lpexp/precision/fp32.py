@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lpexp.data import Param
-from lpexp.precision import Layout, Parts, Precision
+from lpexp.precision import Band, Layout, Parts, Precision
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,6 +17,7 @@ class Fp32(Precision):
 
     carries: ClassVar = "float32"
     rows: ClassVar[int | None] = 1
+    gap: ClassVar[Band | None] = Band((5e-4, 0.015), (1e-6, 2e-4))  # against bf16
 
     def covers(self, param: Param, moe: bool) -> bool:
         return False

@@ -36,7 +36,7 @@ class Fp8(Scoped):
 
     reads: ClassVar[str] = "fp8 with weight_block_size [128, 128] and dynamic activations"
     rows: ClassVar[int | None] = 128
-    gap: ClassVar[Band | None] = Band((0.004, 0.06), (2e-5, 6e-3))
+    gap: ClassVar[Band | None] = Band((0.005, 0.1), (1e-4, 0.015))
     scale_format: Literal["fp32", "pow2"] = "fp32"
     backward: Literal["quantised", "high_precision", "dequantised"] = "quantised"
 

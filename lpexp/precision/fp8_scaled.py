@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from lpexp.data import Param
-from lpexp.precision import Layout, Parts, Precision, Scoped, Tally, left_out, read_scope
+from lpexp.precision import Band, Layout, Parts, Precision, Scoped, Tally, left_out, read_scope
 from lpexp.precision.bf16 import Bf16
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class Scaled(Scoped):
 
     ABSTRACT: ClassVar[bool] = True
     trains: ClassVar[bool] = False
+    gap: ClassVar[Band | None] = Band((0.005, 0.1), (1e-4, 0.015))
     over: ClassVar[Literal["channel", "tensor"]]
 
     def quantize(self, weight: Tensor, name: str = "weight") -> Parts:

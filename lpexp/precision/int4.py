@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from lpexp.data import Param
-from lpexp.precision import Precision
+from lpexp.precision import Band, Precision
 from lpexp.precision.packed import Packed
 
 
@@ -17,6 +17,7 @@ class Int4Qat(Packed):
     """Symmetric 4-bit weights; divisor 7 is the grid of slime, miles and Kimi, 7.5 that of compressed-tensors."""
 
     reads: ClassVar[str] = "compressed-tensors pack-quantized, 4 bits in symmetric groups"
+    gap: ClassVar[Band | None] = Band((0.003, 0.35), (2e-5, 0.1))
     bits: ClassVar[int] = 4
     ranges: ClassVar[dict[float, tuple[int, int]]] = {7.0: (-7, 7), 7.5: (-8, 7)}
     word: ClassVar[str] = "int4"

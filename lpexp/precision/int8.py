@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from lpexp.data import Param
-from lpexp.precision import Precision
+from lpexp.precision import Band, Precision
 from lpexp.precision.packed import Packed
 
 
@@ -17,6 +17,7 @@ class W8A16(Packed):
 
     reads: ClassVar[str] = "compressed-tensors pack-quantized, 8 bits in symmetric groups"
     trains: ClassVar[bool] = False
+    gap: ClassVar[Band | None] = Band((2e-4, 0.025), (1e-7, 5e-4))
     bits: ClassVar[int] = 8
     ranges: ClassVar[dict[float, tuple[int, int]]] = {127.0: (-127, 127), 127.5: (-128, 127)}
     word: ClassVar[str] = "int8"

@@ -174,3 +174,10 @@ def test_only_backends_that_compute_alike_are_held_to_zero(monkeypatch) -> None:
     assert band_of(exp) == EXACT
     monkeypatch.setattr(type(exp.rollout), "arithmetic", "another")
     assert band_of(exp) == TWO_STACKS
+
+
+def test_an_experiment_may_say_its_own_band() -> None:
+    run = sentinels(*MIXED, "band={abs_mean: [0.1, 0.3], kl_k3: [0.01, 0.2]}")
+    assert [alarm.sentinel for alarm in alarms(run, 1, lambda step: {MEAN: 0.02})] == ["first_step"]
+    again = sentinels(*MIXED, "band={abs_mean: [0.1, 0.3], kl_k3: [0.01, 0.2]}")
+    assert alarms(again, 1, lambda step: {MEAN: 0.2, K3: 0.05}) == []
